@@ -1,0 +1,1 @@
+"""The surgeon: proposes candidates, decides nothing. May crash or be killed at any moment."""

@@ -1,0 +1,146 @@
+"""`python -m tta.adapter.worker BUNDLE WORKERS DEVICE NICE THREADS`: the adapter process.
+
+The daemon writes a request folder (`request.json`, `arrays.safetensors`) and names it; the adapter writes the
+candidate beside it (`delta`, `probe`, `report.json`) and names that. Cancelling is killing it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import zmq
+from safetensors.numpy import load_file, save_file
+
+from tta import log
+from tta.adapter.race import Result, Settings, race
+from tta.adapter.surgery import Patient, State, delta_of
+from tta.bundle import Bundle, load_bundle
+from tta.errors import AdaptationError, DeviceError, TTAError
+from tta.packaging.blocks import classifier_name
+from tta.packaging.source import build_model
+from tta.process import become_worker
+from tta.versions import load_version
+
+N_PROBE = 16
+PROBE_SEED = 0
+
+
+def resolve_device(device: str) -> str:
+    """Turn "auto" into "cuda" or "cpu".
+
+    Raises:
+        DeviceError: "cuda" was asked for and torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device: cuda was asked for, but torch sees no GPU: set device: auto or cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+class Surgeon:
+    """Loads the source once and answers adaptation requests."""
+
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        self.bundle = bundle
+        m = bundle.manifest
+        model = build_model(m.source, m.kwargs)
+        self.source: State = {n: torch.from_numpy(np.array(w)) for n, w in bundle.weights.items()}
+        model.load_state_dict(self.source, strict=False)
+        self.patient = Patient(model, classifier_name(model), m.mean, m.std, resolve_device(device))
+        self.source = self.patient.state()
+        self.blocks = {b.name: tuple(b.tensors) for b in m.blocks}
+
+    def operate(self, folder: Path, progress: Any) -> dict[str, Any]:
+        """Carry out one request; the result lies in `folder` when this returns.
+
+        Raises:
+            AdaptationError: no candidate could be made.
+        """
+        request = json.loads((folder / "request.json").read_text())
+        arrays = load_file(folder / "arrays.safetensors")
+        settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in request["settings"].items()})
+        images = self.patient.images(arrays["x_fit"])
+        y = torch.from_numpy(arrays["y_fit"]).to(self.patient.device)
+        starts = self._starts(request, arrays, progress)
+        result = race(self.patient, starts, self.blocks, images, y, request["suited"], settings, progress)
+        if not delta_of(result.state, self.source):
+            raise AdaptationError("nothing was better than the source model itself")
+        self._write(folder / "candidate", result)
+        reply: dict[str, Any] = {"block": result.block, "start": result.start, "report": result.report}
+        if "batch-norm" in starts and result.block:
+            self._write(folder / "label-free", Result(starts["batch-norm"], "", "batch-norm"))
+            reply["label_free"] = True
+        return reply
+
+    def _starts(self, request: dict[str, Any], arrays: dict[str, Any], progress: Any) -> dict[str, State]:
+        starts = {"source": self.source}
+        window = arrays.get("x_window")
+        if window is not None and self.patient.has_batch_norm():
+            progress("normalisation", 0, 1)
+            self.patient.load(self.source)
+            self.patient.estimate_normalisation(self.patient.images(window))
+            starts["batch-norm"] = self.patient.state()
+        for name, version_folder in request["starts"].items():
+            _, delta, _ = load_version(Path(version_folder))
+            changed = {n: torch.from_numpy(np.array(a)) for n, a in delta.items()}
+            starts[name] = {**self.source, **changed}
+        return starts
+
+    def _write(self, folder: Path, result: Result) -> None:
+        folder.mkdir()
+        delta = delta_of(result.state, self.source)
+        in_graph = {t for tensors in self.blocks.values() for t in tensors}
+        save_file({n: np.ascontiguousarray(a) for n, a in delta.items() if n in in_graph}, folder / "delta.safetensors")
+        anchor = self.bundle.anchor["x"]
+        x = np.ascontiguousarray(anchor[:N_PROBE])
+        self.patient.load(result.state)
+        logits = self.patient.logits(self.patient.images(x)).cpu().numpy()
+        save_file({"x": x, "logits": np.ascontiguousarray(logits)}, folder / "probe.safetensors")
+
+
+def main() -> int:
+    """Serve the daemon until it goes away or kills us."""
+    bundle, workers, device, nice, threads = sys.argv[1:6]
+    become_worker(int(nice))
+    torch.set_num_threads(int(threads))
+    logger = log.setup("adapter")
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, b"adapter")
+    socket.connect(workers)
+
+    def tell(message: dict[str, Any]) -> None:
+        socket.send(msgspec.msgpack.encode(message))
+
+    try:
+        surgeon = Surgeon(load_bundle(bundle), device)
+    except TTAError as error:
+        logger.error("adapter_failed", error=str(error))
+        tell({"op": "failed", "id": 0, "error": str(error)})
+        context.destroy(linger=1000)
+        return 2
+    tell({"op": "hello", "device": str(surgeon.patient.device)})
+    while True:
+        command = msgspec.msgpack.decode(socket.recv())
+        job = command["id"]
+        try:
+            reply = surgeon.operate(
+                Path(command["folder"]),
+                lambda stage, done, total, job=job: tell(
+                    {"op": "progress", "id": job, "stage": stage, "done": done, "total": total}
+                ),
+            )
+            tell({"op": "candidate", "id": job, **reply})
+        except TTAError as error:
+            logger.warning("adaptation_failed", error=str(error))
+            tell({"op": "failed", "id": job, "error": str(error)})
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            logger.error("adapter_out_of_memory", error=str(error))
+            tell({"op": "failed", "id": job, "error": "out of memory"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Read and verify a deployed model: a directory, or a `.tta` zip of it, made by `tta package`.
+
+    manifest.json           what the model is and the sha256 of every other file
+    model.onnx              graph without weights: uint8 NHWC in, logits and whitened features out
+    weights.safetensors     source weights under their state_dict names
+    reference.safetensors   what the monitor needs to know of the reference data
+    anchor.safetensors      a small labelled set of source images
+
+Knows nothing of torch, onnxruntime or sockets.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tta.errors import BundleError
+
+FORMAT = 1
+FILES = ("model.onnx", "weights.safetensors", "reference.safetensors", "anchor.safetensors")
+
+
+class Block(msgspec.Struct, frozen=True):
+    """A contiguous part of the network, the unit of surgery.
+
+    Attributes:
+        name: "block1" .. "blockN", or "head" for the classifier.
+        tensors: state_dict names of its parameters and normalisation buffers.
+        tap: module whose output the block's features summarise; "" for the head (its logits).
+        n_features: number of whitened features r of the block in the graph's output.
+    """
+
+    name: str
+    tensors: list[str]
+    tap: str
+    n_features: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """Everything about a bundle but its arrays.
+
+    Attributes:
+        image_shape: (H, W, C) of the uint8 input.
+        resize: how a client brings a picture to that shape.
+        mean: per-channel mean the graph subtracts, of values in [0, 1].
+        std: per-channel standard deviation the graph divides by.
+        kwargs: keyword arguments for the source's factory.
+        arl: average run length between false alarms, in samples, of the stored thresholds.
+    """
+
+    format: int
+    name: str
+    source: str
+    kwargs: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    resize: str
+    mean: list[float]
+    std: list[float]
+    classes: list[str]
+    blocks: list[Block]
+    reference_accuracy: float
+    n_reference: int
+    arl: float
+    parity: dict[str, float]
+    tools: dict[str, str]
+    sha256: dict[str, str]
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes K."""
+        return len(self.classes)
+
+    @property
+    def n_features(self) -> int:
+        """Length of a feature vector, all blocks together."""
+        return sum(b.n_features for b in self.blocks)
+
+    def block(self, name: str) -> Block:
+        """The block of that name.
+
+        Raises:
+            BundleError: there is none.
+        """
+        for b in self.blocks:
+            if b.name == name:
+                return b
+        raise BundleError(f"no block {name!r} in {self.name}: it has {', '.join(b.name for b in self.blocks)}")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified deployed model; immutable, safe to share between threads.
+
+    Attributes:
+        graph: the ONNX file's bytes, without weights.
+        weights: state_dict name to array.
+        reference: arrays of `reference.safetensors`, see `tta.packaging.reference`.
+        anchor: "x" (N, H, W, C) uint8 and "y" (N,) int64.
+        sha256: of the manifest, which names the hash of everything else: the bundle's identity.
+    """
+
+    path: Path
+    manifest: Manifest
+    graph: bytes
+    weights: Mapping[str, npt.NDArray[Any]]
+    reference: Mapping[str, npt.NDArray[Any]]
+    anchor: Mapping[str, npt.NDArray[Any]]
+    sha256: str
+
+
+def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Read a bundle and verify every checksum in it.
+
+    Args:
+        path: the directory or `.tta` file that `tta package` wrote.
+
+    Raises:
+        BundleError: missing, truncated, changed, or of another format; the message names the file.
+    """
+    from safetensors.numpy import load
+
+    root = Path(path)
+    raw = _read(root, "manifest.json")
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{root}: manifest.json cannot be read ({error}): package the model again") from error
+    if manifest.format != FORMAT:
+        raise BundleError(f"{root}: bundle format {manifest.format}, this tta reads {FORMAT}: package again")
+    files: dict[str, bytes] = {}
+    for name in FILES:
+        files[name] = _read(root, name)
+        found = hashlib.sha256(files[name]).hexdigest()
+        if found != manifest.sha256.get(name):
+            raise BundleError(
+                f"{root}: {name} has sha256 {found[:12]}…, the manifest says "
+                f"{manifest.sha256.get(name, 'nothing')[:12]}…: copy or package the bundle again"
+            )
+    return Bundle(
+        path=root,
+        manifest=manifest,
+        graph=files["model.onnx"],
+        weights=load(files["weights.safetensors"]),
+        reference=load(files["reference.safetensors"]),
+        anchor=load(files["anchor.safetensors"]),
+        sha256=hashlib.sha256(raw).hexdigest(),
+    )
+
+
+def _read(root: Path, name: str) -> bytes:
+    try:
+        if root.is_dir():
+            return (root / name).read_bytes()
+        with zipfile.ZipFile(root) as archive:
+            return archive.read(name)
+    except FileNotFoundError as error:
+        raise BundleError(f"{root}: {name if root.exists() else 'no bundle'} not found: see `tta package`") from error
+    except (KeyError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise BundleError(f"{root}: {name} cannot be read ({error}): copy or package the bundle again") from error
+
+
+def write_bundle(path: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Write a bundle: to a temporary name first, so that a half-written one is never found.
+
+    Args:
+        path: directory to make, or a name ending in `.tta` for a zip. Replaced if it is a bundle.
+        manifest: the fields of `Manifest` without `format` and `sha256`.
+        files: contents of `FILES`.
+
+    Raises:
+        BundleError: `path` exists and is no bundle.
+    """
+    full = {
+        "format": FORMAT,
+        **manifest,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    text = json.dumps(full, indent=1).encode()
+    msgspec.json.decode(text, type=Manifest)  # what we write, we can read
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.suffix == ".tta":
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, data in {**files, "manifest.json": text}.items():
+                archive.writestr(name, data)
+        os.replace(temporary, path)
+        return
+    if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
+        raise BundleError(f"{path} exists and is not a bundle: choose another --out")
+    temporary.mkdir()
+    for name, data in {**files, "manifest.json": text}.items():
+        (temporary / name).write_bytes(data)
+    if path.exists():
+        for old in path.iterdir():
+            old.unlink()
+        path.rmdir()
+    temporary.rename(path)
+
+
+def check_delta(bundle: Bundle, delta: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Refuse a delta that does not fit the model: names, shapes, dtypes, finite values.
+
+    Raises:
+        DeltaError: naming the first tensor that does not fit.
+    """
+    from tta.errors import DeltaError
+
+    for name, array in delta.items():
+        source = bundle.weights.get(name)
+        if source is None:
+            raise DeltaError(f"delta has a tensor {name!r} that {bundle.manifest.name} has not")
+        if array.shape != source.shape or array.dtype != source.dtype:
+            raise DeltaError(
+                f"delta's {name!r} is {array.dtype}{array.shape}, the model's is {source.dtype}{source.shape}"
+            )
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise DeltaError(f"delta's {name!r} holds NaN or infinity: it must not be served")

@@ -1,0 +1,31 @@
+"""`tta ask`: which predictions are worth a label."""
+
+from typing import Annotated
+
+import typer
+
+from tta.client import Client
+from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, print_json, print_table
+from tta.protocol import Ask, Metadata
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("ask")(ask)
+
+
+def ask(
+    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
+    control: ControlEndpoint = CONTROL,
+    timeout_s: Timeout = 10.0,
+    as_json: Json = False,
+) -> None:
+    """List recent predictions whose labels would help most: uncertain, spread over classes, since the shift."""
+    with Client(ENDPOINT, control, timeout_s) as client:
+        predictions = client.call(Ask(n=n))["predictions"]
+        classes = client.call(Metadata())["classes"]
+    if as_json:
+        print_json(predictions)
+    else:
+        rows = [[p["prediction_id"], classes[p["predicted"]], p["uncertainty"]] for p in predictions]
+        print_table(["prediction id", "predicted", "uncertainty"], rows)

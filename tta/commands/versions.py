@@ -1,0 +1,55 @@
+"""`tta versions`, `tta rollback`, `tta reset`."""
+
+from typing import Annotated
+
+import typer
+
+from tta.client import Client
+from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, print_json, print_table
+from tta.protocol import Reset, Rollback
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("versions")(versions)
+    app.command("rollback")(rollback)
+    app.command("reset")(reset)
+
+
+def versions(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_json: Json = False) -> None:
+    """List every version, what was operated on, and the gate's numbers."""
+    with Client(ENDPOINT, control, timeout_s) as client:
+        found = client.versions()
+    if as_json:
+        print_json(found)
+        return
+    rows = []
+    for v in found:
+        verdict = v.get("verdict", {})
+        numbers = (
+            f"{100 * verdict['accuracy_serving']:.1f} → {100 * verdict['accuracy_candidate']:.1f} % "
+            f"on {verdict['n_labels']} labels, p {verdict['p_val']:.2g}"
+            if verdict
+            else "the source model"
+        )
+        rows.append(["→" if v["serving"] else "", v["version"], v["block"] or "–", v["start"] or "–", numbers])
+    print_table(["", "version", "block", "start", "gate"], rows)
+
+
+def rollback(
+    version: Annotated[int | None, typer.Argument(help="Version to serve; default: the one before.")] = None,
+    control: ControlEndpoint = CONTROL,
+    timeout_s: Timeout = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Serve an earlier version again."""
+    with Client(ENDPOINT, control, timeout_s) as client:
+        now = client.call(Rollback(version=version))["version"]
+    print_json({"version": now}) if as_json else print(f"serving version {now}")
+
+
+def reset(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 60.0, as_json: Json = False) -> None:
+    """Serve the source model again and watch from home; pause first if it should stay so."""
+    with Client(ENDPOINT, control, timeout_s) as client:
+        now = client.call(Reset())["version"]
+    print_json({"version": now}) if as_json else print(f"serving version {now}")

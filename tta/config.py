@@ -1,0 +1,212 @@
+"""Every setting of a daemon, with its unit, range and only default.
+
+Precedence: command line > environment (`TTA_SERVER__MAX_BATCH_SIZE=64`) > YAML file > default.
+`configs/default.yaml` lists the same settings; a test holds the two equal.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from tta.errors import ConfigError
+
+
+# YAML 1.1 reads a bare `off` as false.
+_Off = BeforeValidator(lambda value: "off" if value is False else value)
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerConfig(Section):
+    """The process that answers predictions."""
+
+    endpoint: str = Field("tcp://127.0.0.1:5555", description="where clients send predictions")
+    threads: int = Field(1, ge=1, le=256, description="threads of one inference")
+    max_batch_size: int = Field(32, ge=1, le=4096, description="images computed together at most")
+    max_wait_s: float = Field(0.001, ge=0, le=1, description="seconds a batch waits to fill")
+    queue_images: int = Field(1024, ge=1, description="images queued at most; more are refused")
+    max_message_bytes: int = Field(64 << 20, ge=1024, description="largest message taken, bytes")
+    input_sample_rate: float = Field(1.0, ge=0, le=1, description="share of batches whose images the daemon keeps")
+    observation_queue: int = Field(256, ge=1, description="batches queued for the daemon; more are dropped, counted")
+    drain_s: float = Field(10.0, ge=0, description="seconds to finish admitted requests at shutdown")
+
+
+class DaemonConfig(Section):
+    """The process that watches and decides."""
+
+    control: str = Field("tcp://127.0.0.1:5556", description="where clients send labels and commands")
+    http: str = Field("127.0.0.1:9100", description="HOST:PORT of /metrics, /livez and /readyz")
+    ledger_bytes: int = Field(256 << 20, ge=1 << 20, description="memory for recent predictions, bytes")
+    ledger_age_s: float = Field(3600.0, gt=0, description="seconds a prediction waits for its label")
+    worker_timeout_s: float = Field(60.0, gt=0, description="seconds a process may stay silent")
+
+
+class MonitorConfig(Section):
+    """Drift detection."""
+
+    arl: float | None = Field(None, ge=100, description="samples between two false alarms; null: the bundle's")
+    label_arl: float = Field(2000.0, ge=100, description="labels between two false alarms of the error test")
+    error_tolerance: float = Field(0.05, ge=0, lt=1, description="rise of the error rate that is still in order")
+    window: int = Field(512, ge=64, description="samples that make a regime's fingerprint")
+    shadow_batch: int = Field(32, ge=1, description="images a request to the shadow")
+
+
+class LabelsConfig(Section):
+    """The labelled buffer."""
+
+    capacity: int = Field(20_000, ge=16, description="labels kept on disk")
+    fit_fraction: float = Field(0.6, gt=0, lt=1, description="share of labels to fit; the rest judges")
+
+
+class AdaptConfig(Section):
+    """Surgery."""
+
+    labels: int = Field(192, ge=16, description="labels since the onset before an adaptation starts")
+    selection: str = Field("race", description="race, diagnosis, or a block's name")
+    blocks: int = Field(2, ge=1, le=16, description="blocks that compete")
+    folds: int = Field(2, ge=2, le=10, description="folds of the choice on the fit labels")
+    epochs: int = Field(20, ge=1, le=1000, description="passes over the fit labels")
+    batch_size: int = Field(32, ge=2, description="labels a step")
+    learning_rates: tuple[float, ...] = Field((1e-3, 3e-3), min_length=1, description="of blocks before the head")
+    head_learning_rates: tuple[float, ...] = Field((1e-2, 1e-1), min_length=1, description="of the head")
+    window: int = Field(1500, ge=64, description="unlabelled images to re-estimate normalisation from")
+    augment: tuple[Literal["flip", "crop"], ...] = Field(("flip", "crop"), description="changes that keep the class")
+    threads: int = Field(1, ge=1, le=256, description="threads of the adapter")
+    nice: int = Field(10, ge=0, le=19, description="niceness of adapter and shadow")
+    budget_s: float = Field(600.0, gt=0, description="seconds an adaptation may take")
+    retry_labels: int = Field(64, ge=1, description="more labels to wait for after a rejection, at least")
+    seed: int = Field(0, ge=0, description="of everything random")
+
+
+class GateConfig(Section):
+    """When a candidate may serve, and when it must go."""
+
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of promoting one that is no better")
+    rollback_alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of rolling back one that is no worse")
+    probation_labels: int = Field(64, ge=1, description="live labels that end probation")
+    probation_s: float = Field(60.0, gt=0, description="seconds that end probation without labels")
+
+
+class LibraryConfig(Section):
+    """Regimes remembered."""
+
+    capacity: int = Field(32, ge=1, description="regimes kept besides home")
+    recall: Annotated[Literal["immediate", "off"], _Off] = Field("immediate", description="what a recognised regime leads to")
+
+
+class Config(BaseSettings):
+    """The whole configuration; immutable."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix="TTA_", env_nested_delimiter="__", env_ignore_empty=True
+    )
+
+    bundle: Path = Field(Path("model.tta"), description="what to serve, made by tta package")
+    state: Path = Field(Path("tta-state"), description="folder for versions, labels and state")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="for server, shadow and adapter")
+    mode: Annotated[Literal["off", "propose", "auto"], _Off] = Field("auto", description="watch only; ask before promoting; or act")
+    server: ServerConfig = ServerConfig()
+    daemon: DaemonConfig = DaemonConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    labels: LabelsConfig = LabelsConfig()
+    adapt: AdaptConfig = AdaptConfig()
+    gate: GateConfig = GateConfig()
+    library: LibraryConfig = LibraryConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line (init) over environment over YAML; see `load_config`."""
+        assert isinstance(init_settings, InitSettingsSource)
+        given = dict(init_settings.init_kwargs)
+        file = InitSettingsSource(settings_cls, given.pop("_file", {}))
+        return InitSettingsSource(settings_cls, given), env_settings, file
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read, merge and check all settings.
+
+    Args:
+        path: YAML file, or None for defaults.
+        overrides: from the command line, with dotted names: {"server.threads": 2}; values are YAML text or objects.
+
+    Raises:
+        ConfigError: unreadable, an unknown key (with the nearest known one), or a value out of range.
+    """
+    where = str(path) if path else "settings"
+    loaded: Any = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: expected settings as KEY: VALUE, got {type(loaded).__name__}")
+    nested: dict[str, Any] = {}
+    for name, value in (overrides or {}).items():
+        *sections, key = name.split(".")
+        target = nested
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[key] = yaml.safe_load(value) if isinstance(value, str) else value
+    try:
+        return Config(_file=loaded, **nested)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(where, e) for e in error.errors())) from error
+
+
+def _explain(where: str, error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, known_keys(), n=1, cutoff=0.5)
+        return f"{where}: unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    return f"{where}: {name} = {error.get('input')!r}: {error['msg']}"
+
+
+def known_keys() -> list[str]:
+    """Dotted names of all settings."""
+    keys = []
+    for name, field in Config.model_fields.items():
+        section = field.default
+        keys += [f"{name}.{k}" for k in type(section).model_fields] if isinstance(section, Section) else [name]
+    return keys
+
+
+def default_yaml() -> str:
+    """The contents of `configs/default.yaml`: every setting with its default and meaning."""
+    lines = ["# Every setting with its default. A configuration file needs only what differs.", ""]
+    for name, field in Config.model_fields.items():
+        section = field.default
+        if not isinstance(section, Section):
+            lines.append(f"{name}: {_scalar(section)}  # {field.description}")
+            continue
+        lines += ["", f"# {type(section).__doc__}", f"{name}:"]
+        for key, inner in type(section).model_fields.items():
+            lines.append(f"  {key}: {_scalar(getattr(section, key))}  # {inner.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(str(v) for v in value) + "]"
+    return "null" if value is None else str(value)

@@ -1,0 +1,233 @@
+"""The control socket's operations: labels in, answers and commands out."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from tta import protocol
+from tta.daemon.cycle import State
+from tta.daemon.labels import Labelled
+from tta.errors import Code, InputError, PreconditionError, TTAError, from_wire
+from tta.versions import SOURCE
+
+if TYPE_CHECKING:
+    from tta.daemon.daemon import Daemon
+
+Reply = dict[str, Any]
+RECENT = 1000  # predictions that `ask` chooses from
+
+
+class Control:
+    """Answers control requests; knows the daemon and no socket."""
+
+    def __init__(self, daemon: "Daemon") -> None:
+        self._daemon = daemon
+
+    def handle(self, frames: list[bytes], respond: Callable[[Reply], None]) -> None:
+        """Answer one request, at once or when the server has swapped; errors become codes."""
+        request_id: Any = protocol.peek(frames[0]).get("id") if frames else None
+
+        def answer(reply: Reply) -> None:
+            respond({"v": protocol.PROTOCOL_VERSION, "id": request_id, "code": int(Code.OK), **reply})
+
+        def fail(error: BaseException) -> None:
+            respond(protocol.error_reply(request_id, error))
+
+        try:
+            request = protocol.decode_control(frames)
+            if isinstance(request, protocol.Rollback | protocol.Reset):
+                self._serve(request, answer, fail)
+            else:
+                answer(self._answer(request, frames))
+        except TTAError as error:
+            fail(error)
+        except Exception as error:  # the client gets a code, the log the traceback
+            self._daemon.log.exception("control_failed", error=str(error))
+            fail(error)
+
+    def _answer(self, request: protocol.ControlRequest, frames: list[bytes]) -> Reply:
+        treatment = self._daemon.treatment
+        match request:
+            case protocol.Label():
+                return {"outcomes": self._label(request, frames)}
+            case protocol.Status():
+                return self.status()
+            case protocol.Versions():
+                return {"versions": self._versions()}
+            case protocol.Pause():
+                treatment.case.paused = True
+                treatment.adapter.cancel()
+                treatment.record("paused")
+                treatment.resume_cycle_after_pause()
+                treatment.save()
+                return {"paused": True}
+            case protocol.Resume():
+                treatment.case.paused = False
+                treatment.record("resumed")
+                treatment.save()
+                return {"paused": False}
+            case protocol.Adapt():
+                return {"labels": treatment.adapt_now()}
+            case protocol.Approve():
+                return {"version": treatment.approve()}
+            case protocol.Ask():
+                return {"predictions": self._ask(request.n)}
+            case protocol.Metadata():
+                return {"name": self._daemon.bundle.manifest.name, "classes": self._daemon.bundle.manifest.classes}
+            case protocol.Ready():
+                return {"ready": self._daemon.ready()}
+            case _:
+                raise InputError(f"{type(request).__name__} is not answered here")
+
+    # -- labels -------------------------------------------------------------------------------------------
+
+    def _label(self, request: protocol.Label, frames: list[bytes]) -> list[str]:
+        n_classes = self._daemon.bundle.manifest.n_classes
+        bad = [label for label in request.labels if not 0 <= label < n_classes]
+        if bad:
+            raise InputError(f"label {bad[0]} is not a class: the model has 0 to {n_classes - 1}")
+        if request.labels and request.correct:
+            raise InputError("send labels or correct, not both")
+        if len(frames) == 2:
+            return self._label_images(request, frames)
+        values: list[Any] = list(request.labels or request.correct)
+        if not values or len(values) != len(request.prediction_ids):
+            raise InputError(
+                f"{len(request.prediction_ids)} prediction_ids and {len(values)} labels: send one for each, at least one"
+            )
+        rows, outcomes = [], []
+        ledger = self._daemon.ledger
+        for prediction_id, value in zip(request.prediction_ids, values, strict=True):
+            entry = ledger.find(prediction_id)
+            if entry is None:
+                outcomes.append(ledger.why_missing(prediction_id))
+                continue
+            predicted = int(entry.logits.argmax())
+            label = value if request.labels else predicted if value else None
+            rows.append(Labelled(prediction_id, entry.sequence, entry.version, label, predicted, entry.x))
+            outcomes.append("joined" if entry.x is not None else "no_input")
+        self._keep(rows, outcomes)
+        return outcomes
+
+    def _label_images(self, request: protocol.Label, frames: list[bytes]) -> list[str]:
+        x = protocol.decode_images(frames, request.dtype, request.shape, self._daemon.bundle.manifest.image_shape)
+        if len(request.labels) != len(x) or request.prediction_ids:
+            raise InputError(f"{len(x)} images need {len(x)} labels and no prediction_ids, got {len(request.labels)}")
+        treatment = self._daemon.treatment
+        # Never predicted, so no prediction id: negative ones cannot collide.
+        base = -time.time_ns() // 1000
+        rows = [
+            Labelled(base - i, treatment.sequence, SOURCE, label, -1, x[i]) for i, label in enumerate(request.labels)
+        ]
+        outcomes = ["joined"] * len(rows)
+        self._keep(rows, outcomes)
+        return outcomes
+
+    def _keep(self, rows: list[Labelled], outcomes: list[str]) -> None:
+        if rows:
+            self._daemon.labels.add(rows)  # on disk before anybody is told
+            self._daemon.treatment.labelled(rows)
+        for outcome in outcomes:
+            self._daemon.metrics.labels.labels(outcome).inc()
+
+    def _ask(self, n: int) -> list[Reply]:
+        """Recent unlabelled predictions most worth a label: uncertain ones, spread over the predicted classes."""
+        if n < 1:
+            raise InputError(f"n = {n}: ask for at least one")
+        treatment = self._daemon.treatment
+        since = treatment.case.onset if treatment.cycle.state is State.DRIFTED else 0
+        labelled = self._daemon.labels.ids_since(since)
+        by_class: dict[int, list[tuple[float, Reply]]] = {}
+        for entry in self._daemon.ledger.since(since, RECENT):
+            if entry.x is None or entry.prediction_id in labelled:
+                continue
+            p = np.exp(entry.logits - entry.logits.max())
+            p /= p.sum()
+            entropy = float(-(p * np.log(p + 1e-12)).sum() / math.log(len(p)))
+            top = int(p.argmax())
+            reply = {"prediction_id": entry.prediction_id, "predicted": top, "uncertainty": round(entropy, 4)}
+            by_class.setdefault(top, []).append((entropy, reply))
+        queues = [sorted(q, key=lambda item: -item[0]) for q in by_class.values()]
+        ranked = [reply for rank in range(max(map(len, queues), default=0)) for q in queues if rank < len(q) for _, reply in [q[rank]]]
+        return ranked[:n]
+
+    # -- versions -----------------------------------------------------------------------------------------
+
+    def _serve(
+        self,
+        request: protocol.Rollback | protocol.Reset,
+        answer: Callable[[Reply], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        treatment = self._daemon.treatment
+        if isinstance(request, protocol.Reset):
+            version, reason = SOURCE, "reset"
+        else:
+            reason = "rollback"
+            version = treatment.case.previous if request.version is None else request.version
+            if version == treatment.case.serving:
+                raise PreconditionError(f"version {version} is in service already: nothing to roll back to")
+
+        def then(reply: Reply) -> None:
+            if "error" in reply:
+                fail(from_wire(Code.INTERNAL, f"the server refused version {version}: {reply['error']}"))
+            else:
+                answer({"version": version})
+
+        treatment.serve(version, reason, then)
+
+    def _versions(self) -> list[Reply]:
+        store, case = self._daemon.store, self._daemon.treatment.case
+        found: list[Reply] = [{"version": SOURCE, "block": "", "start": "", "serving": case.serving == SOURCE}]
+        for number in store.numbers()[1:]:
+            manifest = msgspec.to_builtins(store.manifest(number))
+            del manifest["sha256"], manifest["bundle_sha256"]
+            found.append({**manifest, "serving": number == case.serving})
+        return found
+
+    # -- status -------------------------------------------------------------------------------------------
+
+    def status(self) -> Reply:
+        """Everything worth knowing at a glance."""
+        daemon = self._daemon
+        treatment, case = daemon.treatment, daemon.treatment.case
+        watch = treatment.watch
+        in_case = case.cause != ""
+        return {
+            "name": daemon.bundle.manifest.name,
+            "state": treatment.cycle.state.value,
+            "version": case.serving,
+            "regime": case.regime,
+            "regimes": [
+                {"regime": r.number, "version": r.version, "kind": r.kind, "accuracy": round(r.accuracy, 4)}
+                for r in treatment.library.regimes.values()
+            ],
+            "mode": daemon.config.mode,
+            "paused": case.paused,
+            "shift": {
+                "cause": case.cause,
+                "onset": case.onset,
+                "kind": case.kind,
+                "labels": daemon.labels.count(case.onset),
+                "labels_wanted": case.wanted,
+                "proposal": case.proposal,
+            }
+            if in_case
+            else None,
+            "drift": {n: round(float(s), 4) for n, s in zip(watch.layout.names, watch.charts.statistic, strict=True)},
+            "label_statistic": round(watch.errors.statistic, 6),
+            "accuracy": treatment.accuracy(),
+            "arl": watch.arl,
+            "samples": treatment.sequence,
+            "labels_buffered": len(daemon.labels),
+            "adapter": treatment.adapter.progress,
+            "processes": {
+                p.name: {"pid": p.pid, "ready": p.ready, "restarts": p.restarts} for p in daemon.processes
+            },
+            "device": daemon.server.hello.get("device", ""),
+            "events": list(treatment.events)[-20:],
+        }

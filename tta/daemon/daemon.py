@@ -1,0 +1,434 @@
+"""The daemon: startup, main_loop, shutdown. Owns the sockets between the processes and moves messages.
+
+What is decided lies in `treatment.py`, what is found in `watch.py`, what is kept in `store.py`, `labels.py` and
+`library.py`.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+
+from tta.bundle import load_bundle
+from tta.config import Config
+from tta.daemon.control import Control, Reply
+from tta.daemon.http import HttpServer
+from tta.daemon.labels import LabelBuffer
+from tta.daemon.ledger import Entry, Ledger
+from tta.daemon.library import Library
+from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink
+from tta.daemon.metrics import Metrics
+from tta.daemon.processes import Logger, Process, is_alive, runtime_folder
+from tta.daemon.store import Store
+from tta.daemon.treatment import Treatment
+from tta.daemon.watch import Watch
+from tta.errors import ConfigError, InputError
+from tta.monitor.regimes import fingerprint
+from tta.protocol import encode
+from tta.server.options import Counters, Observation, ServerOptions
+from tta.versions import SOURCE
+
+Array = np.ndarray[Any, Any]
+
+POLL_MS = 50
+BURST = 512
+BEAT_S = 0.25  # seconds between two rounds of supervision
+SAVE_S = 5.0  # seconds between two saves of the stream's position
+START_S = 120.0  # seconds a server may take to load its model
+ADOPT_S = 2.0  # seconds a server left by another daemon has to answer
+LIVE_S = 10.0  # seconds without a tick after which /livez fails
+ADAPTER_IDLE_S = 120.0  # seconds without work after which the adapter goes
+SHADOW_QUEUE = 4  # chart requests waiting before images are dropped
+
+
+class Daemon:
+    """One daemon over one state folder."""
+
+    def __init__(self, config: Config, log: Logger) -> None:
+        self.config = config
+        self.log = log
+        self.should_exit = False
+        self._ticked = time.monotonic()
+
+    # -- startup ------------------------------------------------------------------------------------------
+
+    def startup(self) -> None:
+        """Open state, start or adopt the server, start the shadow, answer.
+
+        Raises:
+            TTAError: whatever keeps it from serving; the message says what to do.
+        """
+        config = self.config
+        self.bundle = load_bundle(config.bundle)
+        manifest = self.bundle.manifest
+        self.store = Store(config.state, self.bundle.sha256)
+        self._lock()
+        self.run_folder = runtime_folder(config.state)
+        self.metrics = Metrics(manifest)
+        self.ledger = Ledger(config.daemon.ledger_bytes, config.daemon.ledger_age_s)
+        self.labels = LabelBuffer(
+            config.state / "labels.sqlite", config.labels.capacity, config.labels.fit_fraction, manifest.image_shape
+        )
+        reference = self.bundle.reference
+        home = fingerprint(reference["features"], reference["predictions"])
+        self.library = Library(config.state, home, manifest.reference_accuracy, config.library.capacity)
+        watch = Watch(self.bundle, config.monitor, self.library)
+        self.metrics.arl.set(watch.arl)
+        self._bind()
+        self._make_processes()
+        self.treatment = Treatment(
+            config,
+            self.store,
+            self.labels,
+            self.ledger,
+            self.library,
+            watch,
+            self.metrics,
+            self.shadow,
+            self.server,
+            self.adapter,
+            self.run_folder / "work",
+            self.log,
+        )
+        self.treatment.restore()
+        self.store.discard_candidates(keep=self.treatment.case.proposal)
+        self.metrics.version.set(self.treatment.case.serving)
+        self.metrics.show_state(self.treatment.cycle.state)
+        self.control = Control(self)
+        self.http = HttpServer(config.daemon.http, self.metrics.registry, self.live, self.ready)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+        self._start_or_adopt_server()
+        self.shadow.process.start()
+        self.log.info(
+            "daemon_ready",
+            pid=os.getpid(),
+            endpoint=config.server.endpoint,
+            control=config.daemon.control,
+            http_port=self.http.port,
+            version=self.treatment.case.serving,
+            state=self.treatment.cycle.state,
+        )
+
+    def _lock(self) -> None:
+        """One daemon a state folder."""
+        import fcntl
+
+        self._lock_file = (self.config.state / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"state folder {self.config.state} is in use by another daemon") from error
+
+    def _bind(self) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._observations = self.context.socket(zmq.PULL)
+        self._observations.setsockopt(zmq.RCVHWM, 1000)
+        self._workers = self.context.socket(zmq.ROUTER)
+        self._workers.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._control = self.context.socket(zmq.ROUTER)
+        self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._control.setsockopt(zmq.MAXMSGSIZE, self.config.server.max_message_bytes)
+        for socket, name, address in (
+            (self._observations, "observations", self._ipc("observe")),
+            (self._workers, "workers", self._ipc("workers")),
+            (self._control, "daemon.control", self.config.daemon.control),
+        ):
+            socket.setsockopt(zmq.LINGER, 1000)
+            try:
+                socket.bind(address)
+            except zmq.ZMQError as error:
+                raise ConfigError(f"{name} = {address!r} cannot be bound: {error}") from error
+        self._admin = self.context.socket(zmq.DEALER)
+        self._admin.setsockopt(zmq.LINGER, 0)
+        self._admin.connect(self._ipc("server"))
+        self._poller = zmq.Poller()
+        for socket in (self._observations, self._workers, self._control, self._admin):
+            self._poller.register(socket, zmq.POLLIN)
+
+    def _ipc(self, name: str) -> str:
+        return f"ipc://{self.run_folder / name}.ipc"
+
+    def _make_processes(self) -> None:
+        c = self.config
+        bundle, workers, nice = str(c.bundle.resolve()), self._ipc("workers"), str(c.adapt.nice)
+        server = Process("server", self._server_argv, self.log, detached=True)
+        shadow = Process("shadow", lambda: ["-m", "tta.shadow", bundle, workers, c.device, nice], self.log)
+        adapter = Process(
+            "adapter",
+            lambda: ["-m", "tta.adapter.worker", bundle, workers, c.device, nice, str(c.adapt.threads)],
+            self.log,
+            keep=False,
+        )
+        self.processes = (server, shadow, adapter)
+        self.server = ServerLink(server, self._admin)
+        self.shadow = ShadowLink(shadow, self._workers, self.bundle.manifest)
+        self.adapter = AdapterLink(adapter, self._workers)
+
+    def _server_options(self) -> ServerOptions:
+        c = self.config.server
+        folder = self.store.folder(self.treatment.case.serving)
+        return ServerOptions(
+            bundle=str(self.config.bundle.resolve()),
+            version_folder=str(folder.resolve()) if folder else None,
+            endpoint=c.endpoint,
+            admin=self._ipc("server"),
+            observe=self._ipc("observe"),
+            device=self.config.device,
+            threads=c.threads,
+            max_batch_size=c.max_batch_size,
+            max_wait_s=c.max_wait_s,
+            queue_images=c.queue_images,
+            max_message_bytes=c.max_message_bytes,
+            input_sample_rate=c.input_sample_rate,
+            observation_queue=c.observation_queue,
+            drain_s=c.drain_s,
+        )
+
+    def _server_argv(self) -> list[str]:
+        path = self.run_folder / "server.json"
+        path.write_bytes(msgspec.json.encode(self._server_options()))
+        path.with_suffix(".error").unlink(missing_ok=True)
+        return ["-m", "tta.server", str(path)]
+
+    def _start_or_adopt_server(self) -> None:
+        """Take over a server that outlived another daemon if it is the one we would start; else start one."""
+        server = self.server
+        self._await_hello(ADOPT_S if Path(self._ipc("server").removeprefix("ipc://")).exists() else 0.0)
+        if server.hello:
+            theirs = msgspec.convert(server.hello["options"], ServerOptions)
+            if server.hello["bundle_sha256"] == self.bundle.sha256 and theirs.same_service(self._server_options()):
+                server.process.adopt(server.hello["pid"])
+                self._agree_on_version()
+                return
+            self.log.info("server_replaced", pid=server.hello["pid"])
+            server.drain()
+            end = time.monotonic() + theirs.drain_s + 2
+            while time.monotonic() < end and is_alive(server.hello["pid"]):
+                self._poller.poll(POLL_MS)
+            server.hello = {}
+        server.process.start()
+        self._await_hello(START_S)
+        if not server.process.ready:
+            reason = self.run_folder / "server.error"
+            why = reason.read_text() if reason.exists() else f"exit status {server.process.exit_status}"
+            server.process.stop(1.0)
+            raise ConfigError(f"the server did not start: {why}")
+
+    def _agree_on_version(self) -> None:
+        """An adopted server may have flipped just before the daemon died: the state file decides."""
+        version = self.treatment.case.serving
+        if self.server.hello["version"] != version:
+            self.log.warning("server_version_differs", server=self.server.hello["version"], state=version)
+            self.server.swap(version, self.store.folder(version), lambda reply: None)
+
+    def _await_hello(self, timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        asked = 0.0
+        while not self.server.hello and time.monotonic() < end and not self.should_exit:
+            if self.server.process.pid is not None and not self.server.process.alive:
+                return
+            if time.monotonic() - asked > 0.5:
+                asked = time.monotonic()
+                self.server.say_hello()
+            if self._admin.poll(POLL_MS):
+                self.server.handle(msgspec.msgpack.decode(self._admin.recv()), time.monotonic())
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        self.should_exit = True
+
+    # -- main loop ----------------------------------------------------------------------------------------
+
+    def main_loop(self) -> None:
+        """Move messages and decide until a signal."""
+        beat = saved = 0.0
+        while not self.should_exit:
+            ready = dict(self._poller.poll(POLL_MS))
+            now = self._ticked = time.monotonic()
+            # Observations first: a label must find its prediction.
+            self._drain(self._observations, self._observe)
+            if self._workers in ready:
+                self._drain(self._workers, self._hear_worker)
+            if self._admin in ready:
+                self._drain(self._admin, lambda f: self.server.handle(msgspec.msgpack.decode(f[0]), now))
+            if self._control in ready:
+                self._drain(self._control, self._obey)
+            if now - beat >= BEAT_S:
+                beat = now
+                self._supervise(now)
+                self._refresh_metrics()
+            self.treatment.tick()
+            if now - saved >= SAVE_S:
+                saved = now
+                self.treatment.save()
+
+    def _drain(self, socket: "zmq.Socket[bytes]", handle: Any) -> None:
+        for _ in range(BURST):
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            handle(frames)
+
+    def _observe(self, frames: list[bytes]) -> None:
+        header = msgspec.msgpack.decode(frames[0])
+        if header["op"] == "counters":
+            self.metrics.server.update(msgspec.convert(header, Counters))
+            return
+        seen = msgspec.convert(header, Observation)
+        logits = np.frombuffer(frames[1], np.float32).reshape(seen.n, -1)
+        features = np.frombuffer(frames[2], np.float32).reshape(seen.n, -1)
+        x = None
+        if seen.inputs:
+            x = np.frombuffer(frames[3], np.uint8).reshape(seen.n, *self.bundle.manifest.image_shape)
+        first, now = self.treatment.sequence, time.monotonic()
+        self.treatment.sequence += seen.n
+        for i in range(seen.n):
+            image = x[i] if x is not None else None
+            self.ledger.add(
+                Entry(seen.first_id + i, first + i, seen.version, logits[i], features[i], image, now)
+            )
+        sequences = range(first, first + seen.n)
+        if seen.version == SOURCE:
+            self._watch(sequences, features, logits)
+        elif x is not None:
+            self._watch_through_shadow(sequences, x)
+
+    def _watch(self, sequences: Any, features: Array, logits: Array) -> None:
+        treatment = self.treatment
+        try:
+            alarm = treatment.watch.features(sequences, features, logits)
+        except InputError as error:
+            self.metrics.features_refused.inc()
+            self.log.warning("features_refused", error=str(error))
+            return
+        if alarm is not None:
+            treatment.alarm(alarm, sequences[alarm.index])
+        treatment.look()
+
+    def _watch_through_shadow(self, sequences: Any, x: Array) -> None:
+        """Another version serves: the source's features come from the shadow, as far as it has time."""
+        if self.shadow.waiting >= SHADOW_QUEUE or not self.shadow.process.ready:
+            self.metrics.shadow_dropped.inc(len(x))
+            return
+
+        def then(outputs: Outputs | None) -> None:
+            if outputs is not None:
+                logits, features = outputs[0]
+                self._watch(sequences, features, logits)
+
+        self.shadow.ask([(SOURCE, None)], x, then)
+
+    def _hear_worker(self, frames: list[bytes]) -> None:
+        header = msgspec.msgpack.decode(frames[1])
+        if frames[0] == b"shadow":
+            self.shadow.handle(header, frames[2:])
+        elif frames[0] == b"adapter":
+            self.adapter.handle(header, time.monotonic())
+
+    def _obey(self, frames: list[bytes]) -> None:
+        identity = frames[0]
+
+        def respond(reply: Reply) -> None:
+            try:
+                self._control.send_multipart([identity, *encode(reply)], zmq.NOBLOCK)
+            except zmq.ZMQError:  # the client has gone; what it asked for is done all the same
+                self.log.warning("reply_undeliverable", code=reply.get("code"))
+
+        self.control.handle(frames[1:], respond)
+
+    # -- supervision ------------------------------------------------------------------------------------
+
+    def _supervise(self, now: float) -> None:
+        server = self.server
+        server.say_hello()
+        for process in self.processes:
+            died = process.supervise()
+            if not died:
+                continue
+            self.metrics.restarts.labels(process.name).inc()
+            self.treatment.record("process_died", process=process.name)
+            if process.name == "adapter":
+                self.adapter.died()
+        if server.process.ready and server.last_seen and now - server.last_seen > self.config.daemon.worker_timeout_s:
+            self.log.error("server_hung", silent_s=round(now - server.last_seen, 1))
+            server.last_seen = now
+            server.process.stop(0.0, signal.SIGKILL)
+            server.process.start()
+        idle = self.adapter.idle_since
+        needed = self.adapter.busy or self.treatment.cycle.state.value in ("drifted", "adapting")
+        if idle is not None and not needed and now - idle > ADAPTER_IDLE_S:
+            self.adapter.idle_since = None
+            self.adapter.process.stop(0.0)
+            self.log.info("adapter_idle_stopped")
+
+    def _refresh_metrics(self) -> None:
+        m, treatment = self.metrics, self.treatment
+        m.show_drift(treatment.watch.layout.names, treatment.watch.charts.statistic)
+        m.label_statistic.set(treatment.watch.errors.statistic)
+        m.labels_buffered.set(len(self.labels))
+        wanted = treatment.case.wanted - self.labels.count(treatment.case.onset) if treatment.case.cause else 0
+        m.labels_wanted.set(max(0, wanted))
+        m.ledger_bytes.set(self.ledger.n_bytes)
+        for process in self.processes:
+            m.up.labels(process.name).set(float(process.ready and process.alive))
+
+    def live(self) -> bool:
+        """Whether the main loop ticks."""
+        return time.monotonic() - self._ticked < LIVE_S
+
+    def ready(self) -> bool:
+        """Whether predictions are answered."""
+        return self.server.process.ready and time.monotonic() - self.server.last_seen < LIVE_S
+
+    # -- shutdown -----------------------------------------------------------------------------------------
+
+    def shutdown(self, stop_server: bool = True) -> None:
+        """Save, let the server drain, stop the others.
+
+        Args:
+            stop_server: False leaves it serving, for the next daemon to adopt.
+        """
+        self.log.info("daemon_draining", stop_server=stop_server)
+        if hasattr(self, "treatment"):
+            self.treatment.save()
+        for process in reversed(getattr(self, "processes", ())):
+            process.keep = False
+            if process.name != "server":
+                process.stop(1.0)
+            elif stop_server:
+                process.stop(self.config.server.drain_s + 2)
+        if hasattr(self, "http"):
+            self.http.close()
+        if hasattr(self, "labels"):
+            self.labels.close()
+        if hasattr(self, "context"):
+            self.context.destroy(linger=500)
+        self.log.info("daemon_stopped")
+
+
+def serve(config: Config, log: Logger) -> int:
+    """Run a daemon until a signal; the exit status of `tta serve`.
+
+    Raises:
+        TTAError: it could not start.
+    """
+    daemon = Daemon(config, log)
+    try:
+        daemon.startup()
+    except BaseException:
+        daemon.shutdown()
+        raise
+    try:
+        daemon.main_loop()
+    except Exception as error:  # a fault of ours must not become an outage: the server goes on alone
+        log.exception("daemon_failed", error=str(error))
+        daemon.shutdown(stop_server=False)
+        return 1
+    daemon.shutdown()
+    return 0

@@ -1,0 +1,95 @@
+"""The verdict on a candidate, from correctness on labels it was not fitted on. No I/O.
+
+`accepted` if the paired exact test against the serving version passes and the candidate's point estimate is not
+below the source's nor the best label-free candidate's; `rejected` if it is not even better by the point estimate;
+otherwise `undecided`, with how many labels it probably needs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tta.monitor.accuracy import binomial_tail, paired_p_value
+
+MAX_LABELS = 4096
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of the gate, with every number it rests on.
+
+    Attributes:
+        n_labels: gate labels used.
+        p_val: exact one-sided p that the candidate is no better than the serving version.
+        labels_needed: for `undecided`: more gate labels that would probably decide.
+    """
+
+    outcome: Literal["accepted", "rejected", "undecided"]
+    reason: str
+    n_labels: int
+    p_val: float
+    alpha: float
+    accuracy_candidate: float
+    accuracy_serving: float
+    accuracy_source: float
+    accuracy_label_free: float | None
+    labels_needed: int = 0
+
+    def fields(self) -> dict[str, Any]:
+        """As plain numbers for manifests, logs and the wire."""
+        return {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def judge(
+    candidate: Sequence[bool],
+    serving: Sequence[bool],
+    source: Sequence[bool],
+    label_free: Sequence[bool] | None,
+    alpha: float,
+) -> Verdict:
+    """Judge a candidate.
+
+    Args:
+        candidate: for each gate label, whether the candidate is right.
+        serving: the same for the version in service.
+        source: the same for the source model.
+        label_free: the same for the best candidate made without labels, if there is one and it is not this one.
+        alpha: chance of accepting a candidate that is no better.
+    """
+    n = len(candidate)
+    if n == 0:
+        return Verdict("undecided", "no gate labels yet", 0, 1.0, alpha, 0.0, 0.0, 0.0, None, 16)
+    p_val = paired_p_value(candidate, serving)
+    accuracies = [sum(c) / n if c is not None else None for c in (candidate, serving, source, label_free)]
+    own, now, home, free = accuracies
+    assert own is not None
+    assert now is not None
+    assert home is not None
+    outcome: Literal["accepted", "rejected", "undecided"] = "rejected"
+    reason, needed = "", 0
+    if own <= now:
+        reason = "no better than the serving version"
+    elif own < home:
+        reason = "below the source model"
+    elif free is not None and own < free:
+        reason = "below the candidate made without labels"
+    elif p_val <= alpha:
+        outcome, reason = "accepted", "better than the serving version"
+    else:
+        outcome, reason = "undecided", "better, but it may be chance"
+        needed = _labels_needed(candidate, serving, alpha)
+    return Verdict(outcome, reason, n, p_val, alpha, own, now, home, free, needed)
+
+
+def _labels_needed(candidate: Sequence[bool], serving: Sequence[bool], alpha: float) -> int:
+    """More labels until the test passes if wins and losses go on in the present proportion."""
+    n = len(candidate)
+    wins = sum(1 for a, b in zip(candidate, serving, strict=True) if a and not b)
+    losses = sum(1 for a, b in zip(candidate, serving, strict=True) if b and not a)
+    total = n
+    while total < MAX_LABELS:
+        total += max(8, total // 8)
+        more_wins, more_losses = round(wins * total / n), round(losses * total / n)
+        if binomial_tail(more_wins, more_wins + more_losses, 0.5) <= alpha:
+            break
+    return total - n

@@ -1,0 +1,147 @@
+"""The labelled buffer: SQLite on disk, durable when a label is acknowledged.
+
+Each label is split once, by a hash of its prediction id, into those that fit a candidate and those that judge it;
+a label never changes sides.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tta.errors import ConfigError
+
+Array = npt.NDArray[Any]
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS labels (
+    prediction_id INTEGER PRIMARY KEY,
+    sequence INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    label INTEGER,              -- NULL: known to be wrong, but not what would be right
+    predicted INTEGER NOT NULL, -- -1: given with the image, never predicted
+    fit INTEGER NOT NULL,       -- 1: fits a candidate, 0: judges it
+    x BLOB
+);
+CREATE INDEX IF NOT EXISTS by_sequence ON labels (sequence);
+"""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One label joined with its prediction.
+
+    Attributes:
+        label: class index, or None if only "wrong" is known.
+        predicted: class the serving version answered; -1 if the image came with the label.
+        x: (H, W, C) uint8, or None.
+    """
+
+    prediction_id: int
+    sequence: int
+    version: int
+    label: int | None
+    predicted: int
+    x: Array | None
+
+
+def fits(prediction_id: int, fit_fraction: float) -> bool:
+    """Whether a label is for fitting; a pure function of the id, so a label never changes sides."""
+    digest = hashlib.blake2b(prediction_id.to_bytes(8, "little", signed=True), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fit_fraction * 2**64
+
+
+class LabelBuffer:
+    """Labels on disk. Owned by the daemon's main thread."""
+
+    def __init__(self, path: Path, capacity: int, fit_fraction: float, image_shape: Sequence[int]) -> None:
+        self.capacity = capacity
+        self.fit_fraction = fit_fraction
+        self.image_shape = tuple(image_shape)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")  # an acknowledged label survives a power cut
+            self._db.executescript(SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"label buffer {path} cannot be opened ({error}): move it away to start an empty one") from error
+
+    def add(self, labelled: Sequence[Labelled]) -> None:
+        """Store labels; when this returns they are on disk. A second label for a prediction replaces the first."""
+        rows = [
+            (
+                r.prediction_id,
+                r.sequence,
+                r.version,
+                r.label,
+                r.predicted,
+                int(fits(r.prediction_id, self.fit_fraction)),
+                None if r.x is None else np.ascontiguousarray(r.x).tobytes(),
+            )
+            for r in labelled
+        ]
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?)", rows)
+            excess = len(self) - self.capacity
+            if excess > 0:
+                self._db.execute(
+                    "DELETE FROM labels WHERE prediction_id IN "
+                    "(SELECT prediction_id FROM labels ORDER BY sequence LIMIT ?)",
+                    (excess,),
+                )
+            self._db.execute("COMMIT")
+        except sqlite3.Error:
+            self._db.execute("ROLLBACK")
+            raise
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM labels").fetchone()[0])
+
+    def last_sequence(self) -> int:
+        """The newest label's place in the stream; -1 if there is none."""
+        return int(self._db.execute("SELECT coalesce(max(sequence), -1) FROM labels").fetchone()[0])
+
+    def count(self, since: int, fit: bool | None = None) -> int:
+        """Labels with a class and an image from `since` on."""
+        query = "SELECT count(*) FROM labels WHERE sequence >= ? AND label IS NOT NULL AND x IS NOT NULL"
+        parameters: tuple[int, ...] = (since,)
+        if fit is not None:
+            query, parameters = query + " AND fit = ?", (since, int(fit))
+        return int(self._db.execute(query, parameters).fetchone()[0])
+
+    def select(self, since: int, fit: bool) -> list[Labelled]:
+        """Labels with a class and an image from `since` on, of one side of the split, oldest first."""
+        return self._rows("WHERE sequence >= ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL", (since, int(fit)))
+
+    def ids_since(self, since: int) -> set[int]:
+        """Prediction ids labelled from `since` on."""
+        return {int(row[0]) for row in self._db.execute("SELECT prediction_id FROM labels WHERE sequence >= ?", (since,))}
+
+    def outcomes(self, since: int, version: int) -> tuple[int, int]:
+        """How many predictions of `version` since then were labelled, and how many of them were wrong."""
+        row = self._db.execute(
+            "SELECT count(*), coalesce(sum(label IS NULL OR label <> predicted), 0) FROM labels "
+            "WHERE sequence >= ? AND version = ? AND predicted >= 0",
+            (since, version),
+        ).fetchone()
+        return int(row[0]), int(row[1])
+
+    def _rows(self, where: str, parameters: tuple[int, ...]) -> list[Labelled]:
+        cursor = self._db.execute(
+            f"SELECT prediction_id, sequence, version, label, predicted, x FROM labels {where} ORDER BY sequence",
+            parameters,
+        )
+        return [
+            Labelled(*row[:5], None if row[5] is None else np.frombuffer(row[5], np.uint8).reshape(self.image_shape))
+            for row in cursor
+        ]
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()

@@ -1,0 +1,88 @@
+"""Recent predictions, waiting for their labels: bounded by bytes and by age."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+OVERHEAD_BYTES = 400  # of one entry besides its arrays
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One predicted image.
+
+    Attributes:
+        sequence: position in the stream of observed images, from 0, over restarts.
+        version: that predicted it.
+        logits: (K,) float32 of that version.
+        features: (D,) float32 of that version; the source's only if `version` is 0.
+        x: (H, W, C) uint8, or None if the image was not kept.
+        seen: monotonic seconds.
+    """
+
+    prediction_id: int
+    sequence: int
+    version: int
+    logits: Array
+    features: Array
+    x: Array | None
+    seen: float
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory it takes, about."""
+        return OVERHEAD_BYTES + self.logits.nbytes + self.features.nbytes + (0 if self.x is None else self.x.nbytes)
+
+
+class Ledger:
+    """prediction_id → Entry, oldest first."""
+
+    def __init__(self, max_bytes: int, max_age_s: float) -> None:
+        self.max_bytes = max_bytes
+        self.max_age_s = max_age_s
+        self.n_bytes = 0
+        self.first_id: int | None = None  # of anything ever observed by this daemon
+        self.last_id = 0
+        self._entries: OrderedDict[int, Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, entry: Entry) -> None:
+        """Remember a prediction and forget what is too old or too much."""
+        if self.first_id is None:
+            self.first_id = entry.prediction_id
+        self.last_id = max(self.last_id, entry.prediction_id)
+        self._entries[entry.prediction_id] = entry
+        self.n_bytes += entry.n_bytes
+        while self._entries and (
+            self.n_bytes > self.max_bytes or next(iter(self._entries.values())).seen < entry.seen - self.max_age_s
+        ):
+            self.n_bytes -= self._entries.popitem(last=False)[1].n_bytes
+
+    def find(self, prediction_id: int) -> Entry | None:
+        """The prediction, if it is still remembered."""
+        return self._entries.get(prediction_id)
+
+    def why_missing(self, prediction_id: int) -> str:
+        """ "expired" for a prediction that was, or may have been, forgotten; "unknown" for one never made."""
+        return "expired" if 1e15 < prediction_id <= self.last_id else "unknown"
+
+    def since(self, sequence: int, limit: int) -> list[Entry]:
+        """The newest entries from `sequence` on, at most `limit`, oldest first."""
+        found = []
+        for entry in reversed(self._entries.values()):
+            if entry.sequence < sequence or len(found) == limit:
+                break
+            found.append(entry)
+        return found[::-1]
+
+
+def stack_inputs(entries: list[Entry]) -> Array | None:
+    """(N, H, W, C) uint8 of the entries whose image was kept, or None if there is none."""
+    images = [e.x for e in entries if e.x is not None]
+    return np.stack(images) if images else None

@@ -1,0 +1,127 @@
+"""Regimes seen before and the version that cured each; home is regime 0 with version 0.
+
+On disk: `library.json` and one `regimes/000003.safetensors` a regime.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load, save
+
+from tta.daemon.store import write_atomically
+from tta.errors import ConfigError
+from tta.monitor.regimes import Fingerprint, recognise
+
+HOME = 0
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A kind of traffic and what is served for it.
+
+    Attributes:
+        number: 0 is home.
+        version: that serves it best as far as is known.
+        kind: of shift: "home", "input", "feature" or "output".
+        accuracy: of that version on labels of the regime, as last measured.
+        fingerprint: in the source's coordinates; None for an output-level regime, whose features look like
+            another's.
+        last_used: sequence number of the stream when it was last served.
+    """
+
+    number: int
+    version: int
+    kind: str
+    accuracy: float
+    fingerprint: Fingerprint | None
+    last_used: int
+
+
+class Library:
+    """All regimes. Owned by the daemon's main thread."""
+
+    def __init__(self, root: Path, home: Fingerprint, home_accuracy: float, capacity: int) -> None:
+        self.capacity = capacity
+        self._root = root
+        self.regimes = {HOME: Regime(HOME, 0, "home", home_accuracy, home, 0)}
+        self._load()
+
+    def _load(self) -> None:
+        path = self._root / "library.json"
+        if not path.exists():
+            return
+        try:
+            for entry in json.loads(path.read_bytes()):
+                found = None
+                if entry["fingerprint"]:
+                    arrays = load((self._root / entry["fingerprint"]).read_bytes())
+                    found = Fingerprint(arrays["mean"], arrays["variance"], float(arrays["threshold"][0]))
+                del entry["fingerprint"]
+                regime = Regime(fingerprint=found, **entry)
+                self.regimes[regime.number] = regime
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged ({error}): delete it to forget all regimes but home") from error
+
+    def add(self, version: int, kind: str, accuracy: float, fingerprint: Fingerprint | None, sequence: int) -> Regime:
+        """Remember a cured regime; the least recently used is forgotten when there are too many."""
+        number = max(self.regimes) + 1
+        self.regimes[number] = Regime(number, version, kind, accuracy, fingerprint, sequence)
+        others = sorted((r for r in self.regimes.values() if r.number != HOME), key=lambda r: r.last_used)
+        for old in others[: max(0, len(others) - self.capacity)]:
+            del self.regimes[old.number]
+        self.save()
+        return self.regimes[number]
+
+    def update(self, number: int, **fields: Any) -> None:
+        """Change a regime (what serves it, its fingerprint, when it was used)."""
+        if number in self.regimes and number != HOME:
+            self.regimes[number] = replace(self.regimes[number], **fields)
+            self.save()
+
+    def forget_version(self, version: int) -> None:
+        """Drop the regimes that a version was to cure, because it does not."""
+        gone = [n for n, r in self.regimes.items() if r.version == version and n != HOME]
+        for number in gone:
+            del self.regimes[number]
+        if gone:
+            self.save()
+
+    def recognise(self, window: Array) -> Regime | None:
+        """The regime a window of class-centred source features belongs to, if any."""
+        known = [r for r in self.regimes.values() if r.fingerprint is not None]
+        found = recognise(window, [r.fingerprint for r in known if r.fingerprint is not None])
+        return None if found is None else known[found]
+
+    def save(self) -> None:
+        """Write everything; fingerprints first."""
+        folder = self._root / "regimes"
+        folder.mkdir(exist_ok=True)
+        entries = []
+        for regime in self.regimes.values():
+            if regime.number == HOME:
+                continue
+            name = ""
+            if regime.fingerprint is not None:
+                name = f"regimes/{regime.number:06d}.safetensors"
+                arrays = {
+                    "mean": regime.fingerprint.mean,
+                    "variance": regime.fingerprint.variance,
+                    "threshold": np.array([regime.fingerprint.threshold]),
+                }
+                write_atomically(self._root / name, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
+            entries.append(
+                {
+                    "number": regime.number,
+                    "version": regime.version,
+                    "kind": regime.kind,
+                    "accuracy": regime.accuracy,
+                    "fingerprint": name,
+                    "last_used": regime.last_used,
+                }
+            )
+        write_atomically(self._root / "library.json", json.dumps(entries, indent=1).encode())

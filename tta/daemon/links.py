@@ -1,0 +1,200 @@
+"""What the daemon says to the other processes, and what it does with their answers.
+
+Every request carries a callback; nothing here waits. A request to a process that dies is sent again to its
+successor (shadow, swap) or reported as failed (adapter).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from tta.bundle import Manifest
+from tta.daemon.processes import Process
+
+Array = npt.NDArray[Any]
+VersionFolder = tuple[int, Path | None]
+Outputs = list[tuple[Array, Array]]
+
+
+@dataclass
+class _Job:
+    frames: list[bytes]
+    then: Callable[[Outputs | None], None]
+
+
+class ShadowLink:
+    """Runs versions on images, off the hot path; answers come in order."""
+
+    def __init__(self, process: Process, socket: "zmq.Socket[bytes]", manifest: Manifest) -> None:
+        self.process = process
+        self._socket = socket
+        self._manifest = manifest
+        self._jobs: OrderedDict[int, _Job] = OrderedDict()
+        self._next = 1
+
+    @property
+    def waiting(self) -> int:
+        """Requests without an answer yet."""
+        return len(self._jobs)
+
+    def ask(self, versions: Sequence[VersionFolder], x: Array, then: Callable[[Outputs | None], None]) -> None:
+        """Run images through versions.
+
+        Args:
+            versions: number and folder of each; the folder of the source is None.
+            x: (N, H, W, C) uint8.
+            then: gets (logits, features) of each version in order, or None if one cannot be run.
+        """
+        header = {
+            "op": "run",
+            "id": self._next,
+            "versions": [[v, str(f) if f else None] for v, f in versions],
+            "shape": list(x.shape),
+        }
+        frames = [msgspec.msgpack.encode(header), np.ascontiguousarray(x).tobytes()]
+        self._jobs[self._next] = _Job(frames, then)
+        self._next += 1
+        if self.process.ready:
+            self._socket.send_multipart([b"shadow", *frames])
+
+    def handle(self, header: dict[str, Any], tensors: list[bytes]) -> None:
+        """Take a message from the shadow."""
+        if header["op"] == "hello":
+            self.process.ready = True
+            for job in self._jobs.values():
+                self._socket.send_multipart([b"shadow", *job.frames])
+            return
+        found = self._jobs.pop(header["id"], None)
+        if found is None:
+            return  # answered before the last restart
+        if "error" in header:
+            found.then(None)
+            return
+        arrays = [np.frombuffer(t, np.float32).reshape(header["n"], -1) for t in tensors]
+        found.then(list(zip(arrays[0::2], arrays[1::2], strict=True)))
+
+
+class ServerLink:
+    """Swaps and health of the server."""
+
+    def __init__(self, process: Process, socket: "zmq.Socket[bytes]") -> None:
+        self.process = process
+        self.hello: dict[str, Any] = {}
+        self.last_seen = 0.0
+        self._socket = socket
+        self._swap: tuple[dict[str, Any], Callable[[dict[str, Any]], None]] | None = None
+        self._next = 1
+
+    @property
+    def swapping(self) -> bool:
+        """Whether a swap is under way."""
+        return self._swap is not None
+
+    def say_hello(self) -> None:
+        """Ask whether it is there; the answer arrives in `handle`."""
+        self._send({"op": "hello"})
+
+    def swap(self, version: int, folder: Path | None, then: Callable[[dict[str, Any]], None]) -> None:
+        """Serve a version; `then` gets {"prepare_s", "flip_s"} or {"error"}. A later call replaces one under way."""
+        command = {"op": "swap", "id": self._next, "version": version, "folder": str(folder) if folder else None}
+        self._next += 1
+        self._swap = (command, then)
+        self._send(command)
+
+    def handle(self, reply: dict[str, Any], now: float) -> None:
+        """Take a message from the server."""
+        self.last_seen = now
+        if reply["op"] == "hello":
+            restarted = self.hello and self.hello["epoch"] != reply["epoch"]
+            self.hello = reply
+            self.process.ready = True
+            if restarted and self._swap is not None:
+                self._send(self._swap[0])
+        elif reply["op"] == "swap" and self._swap is not None and reply["id"] == self._swap[0]["id"]:
+            if reply.get("error") == "another version is being prepared":
+                self._send(self._swap[0])
+                return
+            then, self._swap = self._swap[1], None
+            then(reply)
+
+    def drain(self) -> None:
+        """Ask it to finish and exit."""
+        self._send({"op": "drain"})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # not connected: the next hello finds out
+            return
+
+
+class AdapterLink:
+    """One adaptation at a time; the process is started on demand and killed to cancel."""
+
+    def __init__(self, process: Process, socket: "zmq.Socket[bytes]") -> None:
+        self.process = process
+        self.progress: dict[str, Any] = {}
+        self.idle_since: float | None = None
+        self._socket = socket
+        self._job: tuple[int, Path, Callable[[dict[str, Any]], None]] | None = None
+        self._next = 1
+
+    @property
+    def busy(self) -> bool:
+        """Whether an adaptation is under way."""
+        return self._job is not None
+
+    def start(self) -> None:
+        """Start the process unless it runs; its imports take seconds."""
+        self.idle_since = None
+        if not self.process.alive:
+            self.process.start()
+
+    def submit(self, folder: Path, then: Callable[[dict[str, Any]], None]) -> None:
+        """Adapt by the request in `folder`; `then` gets the candidate's header or {"error"}."""
+        self._job = (self._next, folder, then)
+        self._next += 1
+        self.start()
+        if self.process.ready:
+            self._send_job()
+
+    def cancel(self) -> None:
+        """Give up the adaptation under way."""
+        self._job, self.progress = None, {}
+        self.process.stop(0.0)
+
+    def handle(self, header: dict[str, Any], now: float) -> None:
+        """Take a message from the adapter."""
+        if header["op"] == "hello":
+            self.process.ready = True
+            self.idle_since = now
+            if self._job is not None:
+                self._send_job()
+        elif header["op"] == "progress":
+            self.progress = {k: header[k] for k in ("stage", "done", "total")}
+        elif header["op"] in ("candidate", "failed"):
+            self.idle_since = now
+            self._finish(header)
+
+    def died(self) -> None:
+        """The process ended: whatever it was doing has failed."""
+        self._finish({"op": "failed", "error": "the adapter process died"})
+
+    def _send_job(self) -> None:
+        assert self._job is not None
+        number, folder, _ = self._job
+        self._socket.send_multipart([b"adapter", msgspec.msgpack.encode({"op": "adapt", "id": number, "folder": str(folder)})])
+
+    def _finish(self, header: dict[str, Any]) -> None:
+        if self._job is None:
+            return
+        then = self._job[2]
+        self._job, self.progress = None, {}
+        then(header)

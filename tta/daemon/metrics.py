@@ -1,0 +1,170 @@
+"""Every metric in one registry; the server's totals go on rising when a server is restarted.
+
+Prefix `tta_`, base units, closed label sets. `METRICS` in the README is generated from here.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+import tta
+from tta.bundle import Manifest
+from tta.daemon.cycle import State
+from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters
+
+PHASE_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+
+_HISTOGRAMS = {
+    "request_duration_seconds": ("Seconds from a request's arrival to its reply", DURATION_BUCKETS_S),
+    "queue_duration_seconds": ("Seconds a request waited in the queue", DURATION_BUCKETS_S),
+    "compute_duration_seconds": ("Seconds a batch took to compute", DURATION_BUCKETS_S),
+    "batch_size": ("Images computed together", BATCH_BUCKETS),
+}
+
+
+class ServerTotals(Collector):
+    """Sums the counters of all servers this daemon has seen, by epoch."""
+
+    def __init__(self) -> None:
+        self._by_epoch: dict[int, Counters] = {}
+        self._queue_images = 0
+
+    def update(self, counters: Counters) -> None:
+        """Take a server's newest totals."""
+        self._by_epoch[counters.epoch] = counters
+        self._queue_images = counters.queue_images
+        if len(self._by_epoch) > 2:  # fold the older ones into one
+            oldest, second = sorted(self._by_epoch)[:2]
+            self._by_epoch[second] = _added(self._by_epoch.pop(oldest), self._by_epoch[second], second)
+
+    @property
+    def images(self) -> int:
+        """Images answered."""
+        return sum(c.images for c in self._by_epoch.values())
+
+    def collect(self) -> Iterator[Any]:
+        """Metric families, for prometheus_client."""
+        every = list(self._by_epoch.values())
+        requests = CounterMetricFamily("tta_requests", "Requests answered, by code", labels=["code"])
+        rejected = CounterMetricFamily("tta_rejected", "Requests refused on arrival, by code", labels=["code"])
+        for family, field in ((requests, "requests"), (rejected, "rejected")):
+            for code in sorted({code for c in every for code in getattr(c, field)}):
+                family.add_metric([code], sum(getattr(c, field).get(code, 0) for c in every))
+            yield family
+        for name, text, field in (
+            ("tta_images", "Images predicted", "images"),
+            ("tta_batches", "Batches computed", "batches"),
+            ("tta_undeliverable_replies", "Replies a client did not take", "undeliverable"),
+            ("tta_observations_dropped", "Batches the daemon did not see", "observations_dropped"),
+        ):
+            yield CounterMetricFamily(name, text, value=sum(getattr(c, field) for c in every))
+        yield GaugeMetricFamily("tta_queue_images", "Images queued now", value=self._queue_images)
+        for name, (text, bounds) in _HISTOGRAMS.items():
+            counts, total = [0] * (len(bounds) + 1), 0.0
+            for c in every:
+                theirs, their_sum = c.histograms[name]
+                counts = [a + b for a, b in zip(counts, theirs, strict=True)]
+                total += their_sum
+            running, buckets = 0, []
+            for bound, count in zip([*map(str, bounds), "+Inf"], counts, strict=True):
+                running += count
+                buckets.append((bound, running))
+            yield HistogramMetricFamily(f"tta_{name}", text, buckets=buckets, sum_value=total)
+
+
+def _added(a: Counters, b: Counters, epoch: int) -> Counters:
+    def merged(x: dict[str, int], y: dict[str, int]) -> dict[str, int]:
+        return {k: x.get(k, 0) + y.get(k, 0) for k in {*x, *y}}
+
+    return Counters(
+        epoch=epoch,
+        requests=merged(a.requests, b.requests),
+        rejected=merged(a.rejected, b.rejected),
+        undeliverable=a.undeliverable + b.undeliverable,
+        images=a.images + b.images,
+        batches=a.batches + b.batches,
+        observations_dropped=a.observations_dropped + b.observations_dropped,
+        queue_images=b.queue_images,
+        histograms={
+            k: ([m + n for m, n in zip(a.histograms[k][0], b.histograms[k][0], strict=True)],
+                a.histograms[k][1] + b.histograms[k][1])
+            for k in b.histograms
+        },
+    )
+
+
+class Metrics:
+    """The daemon's metrics; attributes are named as the metrics without the prefix."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.registry = CollectorRegistry()
+        self.server = ServerTotals()
+        self.registry.register(self.server)
+        self.drift_statistic = self._gauge("drift_statistic", "Chart over its threshold; above 1 is an alarm", "block")
+        self.drift_detected = self._gauge("drift_detected", "1 while a shift is being dealt with")
+        self.label_statistic = self._gauge("label_statistic", "Error test over its threshold; above 1 is an alarm")
+        self.arl = self._gauge("arl_samples", "Samples between two false alarms, as calibrated")
+        self.alarms = self._counter("alarms", "Alarms, by what raised them", "cause")
+        self.regime = self._gauge("regime", "Regime the traffic is in; 0 is home")
+        self.state = self._gauge("state", "1 for the state the cycle is in", "state")
+        self.transitions = self._counter("transitions", "State changes", "event")
+        self.labels = self._counter("labels", "Labels received, by outcome", "outcome")
+        self.labels_buffered = self._gauge("labels_buffered", "Labels on disk")
+        self.labels_wanted = self._gauge("labels_wanted", "Labels still wanted before the next adaptation")
+        self.accuracy = self._gauge("labelled_accuracy", "Accuracy on the last labels, 0 to 1", "model")
+        self.adaptations = self._counter("adaptations", "Candidates, by block and outcome", "block", "outcome")
+        self.phase_s = Histogram(
+            "tta_adaptation_duration_seconds",
+            "Seconds a phase of an adaptation took",
+            ["phase"],
+            buckets=PHASE_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.swaps = self._counter("swaps", "Swaps, by why and how they ended", "reason", "result")
+        self.swap_s = Histogram(
+            "tta_swap_duration_seconds",
+            "Seconds a swap took, by phase",
+            ["phase"],
+            buckets=(1e-6, 1e-5, 1e-4, *PHASE_BUCKETS_S),
+            registry=self.registry,
+        )
+        self.version = self._gauge("weight_version", "Version in service; 0 is the source")
+        self.up = self._gauge("process_up", "1 if the process is ready", "process")
+        self.restarts = self._counter("process_restarts", "Restarts of a process that died", "process")
+        self.ledger_bytes = self._gauge("ledger_bytes", "Memory of recent predictions")
+        self.shadow_dropped = self._counter("shadow_images_dropped", "Images the shadow had no time for")
+        self.features_refused = self._counter("features_refused", "Batches with features that are not finite")
+        info = Gauge("tta_model_info", "Always 1", ["name", "source", "tta"], registry=self.registry)
+        info.labels(manifest.name, manifest.source, tta.__version__).set(1)
+        # Closed label sets: every child exists from the start, so that rates begin at zero.
+        for block in manifest.blocks:
+            self.drift_statistic.labels(block.name).set(0)
+        for state in State:
+            self.state.labels(state.value).set(0)
+        for cause in ("charts", "labels", "operator"):
+            self.alarms.labels(cause)
+        for outcome in ("joined", "no_input", "expired", "unknown"):
+            self.labels.labels(outcome)
+        for process in ("server", "shadow", "adapter"):
+            self.up.labels(process).set(0)
+            self.restarts.labels(process)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"tta_{name}", text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"tta_{name}", text, labels, registry=self.registry)
+
+    def show_state(self, state: State) -> None:
+        """Set the state gauges."""
+        for each in State:
+            self.state.labels(each.value).set(float(each is state))
+        self.drift_detected.set(float(state in (State.DRIFTED, State.ADAPTING)))
+
+    def show_drift(self, names: Sequence[str], statistic: Any) -> None:
+        """Set each block's drift statistic."""
+        for name, value in zip(names, statistic, strict=True):
+            self.drift_statistic.labels(name).set(float(value))

@@ -1,0 +1,147 @@
+"""Start, watch, restart and stop the other processes.
+
+The server runs in its own session and outlives the daemon: a restarted daemon adopts it. Shadow and adapter
+die with the daemon. A process that keeps dying is restarted ever more slowly.
+"""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+
+BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+STEADY_S = 60.0  # seconds alive after which a process is no longer in a crash loop
+IPC_PATH_LIMIT = 90  # a Unix socket's path may have 107 bytes
+
+Logger = structlog.typing.FilteringBoundLogger
+
+
+def runtime_folder(state: Path) -> Path:
+    """Where sockets and hand-over files lie: below the state folder unless its path is too long for a socket."""
+    folder = state.resolve() / "run"
+    if len(str(folder)) > IPC_PATH_LIMIT:
+        digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"tta-{os.getuid()}-{digest}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in ("Z", "X")
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return False
+        return not Path("/proc/self/stat").exists()
+
+
+class Process:
+    """One supervised process.
+
+    Args:
+        name: "server", "shadow" or "adapter".
+        argv: makes the arguments for `python`, anew at each start.
+        detached: give it a session of its own, so that it outlives us.
+        keep: restart it when it ends.
+    """
+
+    def __init__(
+        self, name: str, argv: Callable[[], Sequence[str]], log: Logger, detached: bool = False, keep: bool = True
+    ) -> None:
+        self.name = name
+        self.detached = detached
+        self.keep = keep
+        self.restarts = 0
+        self.ready = False
+        self.pid: int | None = None
+        self._argv = argv
+        self._log = log
+        self._child: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._failures = 0
+        self._retry_at = 0.0
+
+    def start(self) -> None:
+        """Start it now."""
+        self._child = subprocess.Popen(
+            [sys.executable, *self._argv()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=self.detached,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        self.pid = self._child.pid
+        self._started = time.monotonic()
+        self.ready = False
+        self._log.info("process_started", name=self.name, pid=self.pid)
+
+    def adopt(self, pid: int) -> None:
+        """Take over a process that another daemon started."""
+        self._child, self.pid, self.ready = None, pid, True
+        self._started = time.monotonic()
+        self._log.info("process_adopted", name=self.name, pid=pid)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        if self._child is not None:
+            return self._child.poll() is None
+        return self.pid is not None and is_alive(self.pid)
+
+    @property
+    def exit_status(self) -> int | None:
+        """How it ended, if we started it and it did."""
+        return None if self._child is None else self._child.poll()
+
+    def supervise(self) -> bool:
+        """Restart it if it ended and should run; True if it was found dead just now."""
+        if self.pid is None or self.alive:
+            if self.alive and self._failures and time.monotonic() - self._started > STEADY_S:
+                self._failures = 0
+            if self.pid is None and self.keep and self._retry_at and time.monotonic() >= self._retry_at:
+                self.restarts += 1
+                self.start()
+            return False
+        status = self.exit_status
+        self._log.error("process_died", name=self.name, pid=self.pid, exit_status=status)
+        self.pid, self.ready = None, False
+        delay = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
+        self._failures += 1
+        self._retry_at = time.monotonic() + delay
+        return True
+
+    def stop(self, timeout_s: float, signum: int = signal.SIGTERM) -> None:
+        """End it, waiting up to `timeout_s` before killing it."""
+        if self.pid is None:
+            return
+        pid, self.pid = self.pid, None
+        self._retry_at, self.ready = 0.0, False
+        _signal(pid, signum)
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end and self._runs(pid):
+            time.sleep(0.02)
+        if self._runs(pid):
+            self._log.warning("process_killed", name=self.name, pid=pid)
+            _signal(pid, signal.SIGKILL)
+            if self._child is not None:
+                self._child.wait(5)
+
+    def _runs(self, pid: int) -> bool:
+        return self._child.poll() is None if self._child is not None else is_alive(pid)
+
+
+def _signal(pid: int, signum: int) -> None:
+    try:
+        os.kill(pid, signum)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,172 @@
+"""Versions and state on disk: written to a temporary name, synced, renamed; the manifest last."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy.typing as npt
+
+from tta.errors import ConfigError, DeltaError, NotFoundError
+from tta.versions import SOURCE, VersionManifest, load_version
+
+Array = npt.NDArray[Any]
+
+
+class Store:
+    """The `versions/` folder and `state.json` of one daemon."""
+
+    def __init__(self, root: Path, bundle_sha256: str) -> None:
+        self.root = root
+        self.bundle_sha256 = bundle_sha256
+        self._versions = root / "versions"
+        try:
+            self._versions.mkdir(parents=True, exist_ok=True)
+            for leftover in self._versions.glob(".tmp-*"):
+                shutil.rmtree(leftover)
+            probe = root / ".writable"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"state folder {root} cannot be written: {error}") from error
+
+    def folder(self, version: int) -> Path | None:
+        """Where a version is; None for the source.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        if version == SOURCE:
+            return None
+        folder = self._versions / f"{version:06d}"
+        if not (folder / "delta.safetensors").is_file():
+            have = ", ".join(str(v) for v in self.numbers())
+            raise NotFoundError(f"no version {version}: there are {have}")
+        return folder
+
+    def numbers(self) -> list[int]:
+        """All versions that can be served, the source first."""
+        found = [int(p.parent.name) for p in self._versions.glob("[0-9]*/delta.safetensors")]
+        return [SOURCE, *sorted(found)]
+
+    def discard(self, version: int) -> None:
+        """Drop a candidate's weights; its manifest stays, so that its number is never used again."""
+        folder = self.folder(version)
+        if folder is not None:
+            for name in ("delta.safetensors", "probe.safetensors"):
+                (folder / name).unlink(missing_ok=True)
+
+    def discard_candidates(self, keep: int) -> None:
+        """Drop what the gate never accepted, except a proposal; called when no candidate is under way."""
+        for version in self.numbers():
+            if version not in (SOURCE, keep) and self.manifest(version).verdict.get("outcome") != "accepted":
+                self.discard(version)
+
+    def newest(self, wanted: int) -> int:
+        """`wanted` if it verifies, else the source."""
+        try:
+            folder = self.folder(wanted)
+            if folder is not None and load_version(folder)[0].bundle_sha256 != self.bundle_sha256:
+                return SOURCE
+            return wanted
+        except (NotFoundError, DeltaError):
+            return SOURCE
+
+    def write(
+        self, delta: bytes, probe: bytes, block: str, start: str, created_s: float, report: dict[str, Any], verdict: dict[str, Any]
+    ) -> int:
+        """Keep a new version for good.
+
+        Args:
+            delta: safetensors file of what differs from the source.
+            probe: safetensors file of probe images and the adapter's logits.
+
+        Returns:
+            Its number.
+        """
+        version = 1 + max((int(p.name) for p in self._versions.glob("[0-9]*")), default=SOURCE)
+        files = {"delta.safetensors": delta, "probe.safetensors": probe}
+        manifest = VersionManifest(
+            version=version,
+            bundle_sha256=self.bundle_sha256,
+            block=block,
+            start=start,
+            created_s=created_s,
+            sha256={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+            verdict=verdict,
+            report=report,
+        )
+        temporary = self._versions / f".tmp-{version:06d}"
+        temporary.mkdir()
+        for name, data in files.items():
+            _write_synced(temporary / name, data)
+        _write_synced(temporary / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest)))
+        temporary.rename(self._versions / f"{version:06d}")
+        _sync_folder(self._versions)
+        return version
+
+    def amend(self, version: int, **fields: Any) -> None:
+        """Change fields of a version's manifest (its verdict, say)."""
+        folder = self.folder(version)
+        assert folder is not None
+        manifest = msgspec.structs.replace(self.manifest(version), **fields)
+        write_atomically(folder / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest)))
+
+    def manifest(self, version: int) -> VersionManifest:
+        """A version's manifest.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        folder = self.folder(version)
+        if folder is None:
+            raise NotFoundError("version 0 is the source and has no manifest")
+        return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=VersionManifest)
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Replace `state.json`."""
+        write_atomically(self.root / "state.json", json.dumps(state, indent=1).encode())
+
+    def load_state(self) -> dict[str, Any]:
+        """What `save_state` wrote last; empty at the first start.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        path = self.root / "state.json"
+        if not path.exists():
+            return {}
+        try:
+            loaded = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is damaged ({error}): delete it to start from the source model") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path} is damaged: delete it to start from the source model")
+        return loaded
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader, or a crash, sees the old or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    _write_synced(temporary, data)
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,110 @@
+"""Pictures as arrays: folders of class folders, single files, `.npz`. Needs Pillow and numpy only."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from tta.errors import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+RESIZES = ("crop", "stretch")
+
+Array = npt.NDArray[Any]
+
+
+def read_image(path: Path, image_shape: Sequence[int], resize: str) -> Array:
+    """Read one picture and bring it to the model's size as the manifest says.
+
+    Args:
+        path: a picture.
+        image_shape: (H, W, C); C is 3 (RGB) or 1 (grey).
+        resize: "crop" scales the shorter side and cuts out the centre, "stretch" ignores the aspect.
+
+    Returns:
+        (H, W, C) uint8.
+
+    Raises:
+        InputError: not a picture.
+    """
+    height, width, channels = image_shape
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}") from error
+    if image.size != (width, height):
+        if resize == "crop":
+            scale = max(width / image.width, height / image.height)
+            size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+            image = image.resize(size, Image.Resampling.BILINEAR)
+            left, top = (size[0] - width) // 2, (size[1] - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        else:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image, np.uint8).reshape(height, width, channels)
+
+
+def find_images(path: Path) -> list[Path]:
+    """All pictures at or below a path, sorted.
+
+    Raises:
+        InputError: there are none.
+    """
+    if path.is_file():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise InputError(f"no pictures ({', '.join(SUFFIXES)}) in {path}")
+    return found
+
+
+def read_labelled(
+    path: Path,
+    image_shape: Sequence[int],
+    resize: str,
+    track: Callable[[Sequence[Path]], Iterator[Path]] = iter,
+) -> tuple[Array, Array, list[str]]:
+    """Read a labelled set: a folder with one folder a class, or an `.npz` with `x`, `y` and perhaps `classes`.
+
+    Args:
+        path: the folder or file.
+        image_shape: (H, W, C).
+        resize: see `read_image`.
+        track: wraps the list of files, for a progress bar.
+
+    Returns:
+        x (N, H, W, C) uint8, y (N,) int64, class names in the order of their index.
+
+    Raises:
+        InputError: empty, no class folders, wrong shapes or labels.
+    """
+    if path.suffix == ".npz":
+        return _read_npz(path, image_shape)
+    if not path.is_dir():
+        raise InputError(f"{path} is neither a folder of class folders nor an .npz file")
+    classes = sorted(d.name for d in path.iterdir() if d.is_dir())
+    if not classes:
+        raise InputError(f"{path} has no class folders: expected {path}/CLASS/picture.jpg")
+    files = find_images(path)
+    index = {name: i for i, name in enumerate(classes)}
+    x = np.stack([read_image(f, image_shape, resize) for f in track(files)])
+    y = np.array([index[f.relative_to(path).parts[0]] for f in files], np.int64)
+    return x, y, classes
+
+
+def _read_npz(path: Path, image_shape: Sequence[int]) -> tuple[Array, Array, list[str]]:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            x, y = np.asarray(data["x"]), np.asarray(data["y"], np.int64)
+            classes = [str(c) for c in data["classes"]] if "classes" in data else []
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is not an .npz with arrays x and y: {error}") from error
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != tuple(image_shape):
+        raise InputError(f"{path}: expected x of shape (N, {', '.join(map(str, image_shape))}) uint8, got {x.dtype}{x.shape}")
+    if y.shape != (len(x),) or len(x) == 0 or y.min() < 0:
+        raise InputError(f"{path}: y must hold one class index >= 0 for each of {len(x)} images, got shape {y.shape}")
+    return x, y, classes or [str(i) for i in range(int(y.max()) + 1)]

@@ -1,0 +1,1 @@
+"""Is the traffic still what the model knows? Pure numpy: no sockets, no files, no clocks."""

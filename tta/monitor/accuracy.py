@@ -1,0 +1,113 @@
+"""Sequential and exact tests on labelled predictions.
+
+All are valid whenever one looks: labels come late, in any order and amount.
+"""
+
+import math
+from collections.abc import Sequence
+
+ODDS_RATIOS = (1.5, 2.0, 4.0, 8.0, 16.0)  # alternatives to the null odds; averaged, so none has to be right
+
+
+class ErrorDetector:
+    """Is the labelled error rate above its bound? A Shiryaev–Roberts e-detector.
+
+    R ← (R + 1)·e, where e is the likelihood ratio of the label under a higher error rate p and under `null`,
+    averaged over several p. While the error rate stays at or below `null`, e is at most 1 on average, so an
+    alarm comes at most once in `arl` labels on average.
+
+    Args:
+        null: error rate that is still in order, in (0, 1).
+        arl: labels between two false alarms, at least.
+
+    Source: Shin, Ramdas and Rinaldo, E-detectors, NEJSDS 2024.
+    """
+
+    def __init__(self, null: float, arl: float) -> None:
+        self.null = min(max(null, 0.005), 0.95)
+        self.arl = arl
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._r = [0.0] * len(ODDS_RATIOS)
+        self._last_low = 0
+        self.n_labels = 0
+
+    @property
+    def statistic(self) -> float:
+        """R over its threshold; above 1 is an alarm."""
+        return sum(self._r) / len(self._r) / self.arl
+
+    @property
+    def drift_detected(self) -> bool:
+        """Whether the error rate is above its bound."""
+        return self.statistic >= 1.0
+
+    @property
+    def labels_since_onset(self) -> int:
+        """How many labels ago the statistic was last where it starts: an estimate of the onset."""
+        return self.n_labels - self._last_low
+
+    def update(self, error: bool) -> None:
+        """Take one label: was the prediction wrong?"""
+        self.n_labels += 1
+        for i, ratio in enumerate(ODDS_RATIOS):
+            odds = ratio * self.null / (1 - self.null)
+            p = odds / (1 + odds)
+            e = p / self.null if error else (1 - p) / (1 - self.null)
+            self._r[i] = min((self._r[i] + 1.0) * e, 1e12)
+        if self.statistic * self.arl <= 2.0:
+            self._last_low = self.n_labels
+
+
+class PairedTest:
+    """Is the previous version better than the new one? An e-process on live labels.
+
+    Only labels on which exactly one of the two is right count. While the new version is at least as good,
+    the chance that this ever disagrees is at most `alpha`.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self.n_labels = 0
+        self.new_only = 0
+        self.previous_only = 0
+        self._wealth = [1.0, 1.0, 1.0]
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether labels have shown the previous version to be better."""
+        return sum(self._wealth) / len(self._wealth) >= 1 / self.alpha
+
+    def update(self, new_correct: bool, previous_correct: bool) -> None:
+        """Take one label."""
+        self.n_labels += 1
+        if new_correct == previous_correct:
+            return
+        self.new_only += new_correct
+        self.previous_only += previous_correct
+        sign = 1.0 if previous_correct else -1.0
+        for i, bet in enumerate((0.3, 0.6, 0.9)):
+            self._wealth[i] *= 1 + bet * sign
+
+
+def binomial_tail(k: int, n: int, p: float) -> float:
+    """P(X >= k) for X ~ Binomial(n, p), exactly (in log space)."""
+    if k <= 0:
+        return 1.0
+    if k > n:
+        return 0.0
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
+        for i in range(k, n + 1)
+    ]
+    top = max(logs)
+    return min(1.0, math.exp(top) * sum(math.exp(value - top) for value in logs))
+
+
+def paired_p_value(new_correct: Sequence[bool], old_correct: Sequence[bool]) -> float:
+    """One-sided exact p-value for "new is better than old" on the same labels (McNemar's exact test)."""
+    wins = sum(1 for a, b in zip(new_correct, old_correct, strict=True) if a and not b)
+    losses = sum(1 for a, b in zip(new_correct, old_correct, strict=True) if b and not a)
+    return binomial_tail(wins, wins + losses, 0.5)

@@ -1,0 +1,209 @@
+"""Make a bundle from a PyTorch model. The only folder besides `adapter/` that imports torch."""
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import save
+from torch import nn
+
+import tta
+from tta.bundle import FORMAT, Bundle, Manifest, load_bundle, write_bundle
+from tta.errors import BundleError, InputError
+from tta.images import RESIZES
+from tta.monitor.charts import Layout
+from tta.packaging.blocks import BlockPlan, partition
+from tta.packaging.export import Served, Taps, export
+from tta.packaging.reference import fit_whitening, raw_features, reference_arrays
+
+N_PARITY = 256
+PARITY_TOLERANCE = 1e-3  # of the largest logit
+N_ANCHOR = 256
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to package besides the weights.
+
+    Attributes:
+        source: "timm:NAME" or "module:factory"; the adapter builds the network from it.
+        image_shape: (H, W, C) of the uint8 input.
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+        arl: samples between two false alarms.
+    """
+
+    name: str
+    source: str
+    image_shape: tuple[int, int, int]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    mean: Sequence[float] = (0.0, 0.0, 0.0)
+    std: Sequence[float] = (1.0, 1.0, 1.0)
+    resize: str = "crop"
+    arl: float = 20_000.0
+    seed: int = 0
+
+
+def package(
+    model: nn.Module,
+    recipe: Recipe,
+    x: Array,
+    y: Array,
+    classes: Sequence[str],
+    out: Path,
+    progress: Progress = lambda stage, done, total: None,
+) -> Bundle:
+    """Make a bundle.
+
+    Args:
+        model: the source, with its weights loaded.
+        recipe: see `Recipe`.
+        x: (N, H, W, C) uint8 reference images, not those the model was trained on if it can be helped.
+        y: (N,) their classes.
+        classes: K names.
+        out: directory or `.tta` file.
+        progress: told (stage, done, total) as work goes on.
+
+    Raises:
+        InputError: reference images that do not fit or are too few.
+        BundleError: the model cannot be partitioned or exported, or the exported graph differs from it.
+    """
+    _check_reference(recipe, x, y, classes)
+    model = model.eval()
+    order = np.random.default_rng(recipe.seed).permutation(len(x))
+    x, y = x[order], y[order]
+
+    # 1. Blocks, and what the reference looks like in them.
+    blocks = partition(model, recipe.image_shape)
+    taps = Taps(model, blocks, recipe.mean, recipe.std).eval()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        progress("reference", done, len(x))
+
+    logits, raw = raw_features(taps, x, advance)
+    if logits.shape[1] != len(classes):
+        raise InputError(f"the model has {logits.shape[1]} outputs, the reference {len(classes)} classes")
+    predictions = logits.argmax(axis=1)
+    half = len(x) // 2
+    whitening = fit_whitening([r[:half] for r in raw], predictions[:half], len(classes))
+
+    # 2. The graph, and whether it computes what the model computes.
+    progress("export", 0, 1)
+    served = Served(taps, whitening.projections).eval()
+    graph, tensors = export(served, recipe.image_shape)
+    progress("export", 1, 1)
+
+    # 3. Thresholds.
+    progress("calibrate", 0, 1)
+    layout = Layout(tuple(b.name for b in blocks), tuple(whitening.widths))
+    features = np.concatenate(
+        [r[half:] @ m + o for r, (m, o) in zip(raw, whitening.projections, strict=True)], axis=1
+    )
+    arrays = reference_arrays(
+        features, predictions[half:], y[half:], whitening.centroids, layout, recipe.arl, recipe.seed
+    )
+    progress("calibrate", 1, 1)
+
+    weights = {n: t.detach().numpy() for n, t in model.state_dict().items()}
+    anchor = _anchor(x, y, len(classes))
+    manifest: dict[str, Any] = {
+        "name": recipe.name,
+        "source": recipe.source,
+        "kwargs": dict(recipe.kwargs),
+        "image_shape": list(recipe.image_shape),
+        "resize": recipe.resize,
+        "mean": list(recipe.mean),
+        "std": list(recipe.std),
+        "classes": list(classes),
+        "blocks": _block_entries(blocks, tensors, whitening.widths),
+        "reference_accuracy": float((predictions == y).mean()),
+        "n_reference": len(x),
+        "arl": recipe.arl,
+        "tools": {"tta": tta.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    manifest["parity"] = _parity(served, manifest, graph, weights, x[:N_PARITY], progress)
+    files = {
+        "model.onnx": graph,
+        "weights.safetensors": save({n: np.ascontiguousarray(w) for n, w in weights.items()}),
+        "reference.safetensors": save({n: np.ascontiguousarray(a) for n, a in arrays.items()}),
+        "anchor.safetensors": save(anchor),
+    }
+    write_bundle(out, manifest, files)
+    return load_bundle(out)
+
+
+def _check_reference(recipe: Recipe, x: Array, y: Array, classes: Sequence[str]) -> None:
+    if recipe.resize not in RESIZES:
+        raise InputError(f"resize {recipe.resize!r}: write {' or '.join(RESIZES)}")
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != recipe.image_shape:
+        raise InputError(f"expected reference images (N, {recipe.image_shape}) uint8, got {x.dtype}{x.shape}")
+    if len(np.unique(y)) < 2:
+        raise InputError("the reference holds one class only: nothing can be told apart")
+    if y.max() >= len(classes):
+        raise InputError(f"reference label {int(y.max())} is outside the {len(classes)} classes")
+    if np.ptp(x) == 0:
+        raise InputError(f"every reference pixel is {int(x.flat[0])}: these are blank images")
+
+
+def _block_entries(blocks: Sequence[BlockPlan], tensors: set[str], widths: Sequence[int]) -> list[dict[str, Any]]:
+    """Manifest entries; a tensor the graph does not read cannot be swapped and is in no block."""
+    entries = []
+    for block, width in zip(blocks, widths, strict=True):
+        names = [t for t in block.tensors if t in tensors]
+        if not names or width < 1:
+            raise BundleError(f"{block.name} has no tensor in the graph or no feature that varies")
+        entries.append({"name": block.name, "tensors": names, "tap": block.tap, "n_features": width})
+    return entries
+
+
+def _anchor(x: Array, y: Array, n_classes: int) -> dict[str, Array]:
+    """A class-balanced sample of the reference."""
+    each = max(1, N_ANCHOR // n_classes)
+    chosen = np.concatenate([np.flatnonzero(y == k)[:each] for k in range(n_classes)])
+    chosen = np.random.default_rng(0).permutation(chosen)[:N_ANCHOR]
+    return {"x": np.ascontiguousarray(x[chosen]), "y": np.ascontiguousarray(y[chosen], np.int64)}
+
+
+def _parity(
+    served: Served, manifest: Mapping[str, Any], graph: bytes, weights: Mapping[str, Array], x: Array, progress: Progress
+) -> dict[str, float]:
+    """Compare torch with onnxruntime, batch of another size than the export's.
+
+    Raises:
+        BundleError: they differ by more than `PARITY_TOLERANCE` of the largest logit, or in a class.
+    """
+    import msgspec
+
+    from tta.server.predictor import Predictor
+
+    full = {"format": FORMAT, **manifest, "parity": {}, "sha256": {}}
+    bundle = Bundle(Path("."), msgspec.convert(full, Manifest), graph, weights, {}, {}, "")
+    predictor = Predictor(bundle, "cpu", threads=torch.get_num_threads())
+    predictor.activate(predictor.prepare())
+    worst, largest, agree = 0.0, 0.0, 0
+    for start in range(0, len(x), 32):
+        batch = x[start : start + 32]
+        with torch.inference_mode():
+            expected = served(torch.from_numpy(batch))[0].numpy()
+        got = predictor.run(batch).logits
+        worst = max(worst, float(np.abs(got - expected).max()))
+        largest = max(largest, float(np.abs(expected).max()))
+        agree += int((got.argmax(1) == expected.argmax(1)).sum())
+        progress("parity", start + len(batch), len(x))
+    if worst > PARITY_TOLERANCE * max(largest, 1e-3) or agree < len(x):
+        raise BundleError(
+            f"parity failed: onnxruntime differs from torch by {worst:.3g} (largest logit {largest:.3g}), "
+            f"classes agree on {agree} of {len(x)} images"
+        )
+    return {"max_difference": worst, "largest_logit": largest, "n_images": float(len(x))}

@@ -1,0 +1,256 @@
+"""The wire, version 1: pure encode and decode, no sockets.
+
+Every message is ZeroMQ multipart: `[msgpack header][raw tensor bytes]...`. Tensors are little-endian,
+row-major and unpadded (the rules of KServe v2's raw tensors); their dtype and shape stand in the header.
+
+    data socket      predict | cancel | metadata | ready                       → one reply a request
+    control socket   label | status | versions | rollback | reset | pause | resume | adapt | approve | ask
+
+    predict  → {v:1, op:"predict", id, dtype:"uint8", shape:[N,H,W,C], deadline_s?, key?} + image bytes
+    ←          {v:1, id, code:0, version, prediction_id, credit, queue_s, compute_s, shape:[N,K]} + logits (float32)
+    error ←    {v:1, id, code, error, retry_after_s?}
+
+`id` is the client's and comes back untouched. `prediction_id` names the first image of the request, the
+others follow by one; a label refers to it later. Unknown header fields are ignored, so that fields can be
+added within a version. Decoding goes: frame count, version, operation, sizes, content.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tta.errors import Code, InputError, ProtocolError, TTAError
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 1 << 20
+DTYPES = ("uint8", "float32")
+
+Array = npt.NDArray[Any]
+
+
+class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """Fields every request has."""
+
+    v: int = PROTOCOL_VERSION
+    id: int | str = 0
+
+
+class Predict(Request, tag_field="op", tag="predict", omit_defaults=True, kw_only=True):
+    """Classify the images of the payload frame.
+
+    Attributes:
+        dtype: "uint8".
+        shape: (N, H, W, C).
+        deadline_s: drop the request unless it can start within this many seconds of its arrival.
+        key: who sent it (camera, client), for scoping.
+    """
+
+    dtype: str
+    shape: list[int]
+    deadline_s: float | None = None
+    key: str | None = None
+
+
+class Cancel(Request, tag_field="op", tag="cancel", omit_defaults=True, kw_only=True):
+    """Forget the queued request with this `id`; the cancelled request is answered with CANCELLED."""
+
+
+class Metadata(Request, tag_field="op", tag="metadata", omit_defaults=True, kw_only=True):
+    """Ask for name, inputs, outputs, classes and version (the shape of KServe v2 model metadata)."""
+
+
+class Ready(Request, tag_field="op", tag="ready", omit_defaults=True, kw_only=True):
+    """Ask whether predictions are being taken."""
+
+
+class Label(Request, tag_field="op", tag="label", omit_defaults=True, kw_only=True):
+    """Say what images really showed.
+
+    Either `prediction_ids` with `labels` (class indices) or with `correct` (was the answer right), or
+    `labels` with the images themselves (`dtype`, `shape` and a payload frame).
+    """
+
+    prediction_ids: list[int] = []
+    labels: list[int] = []
+    correct: list[bool] = []
+    dtype: str = "uint8"
+    shape: list[int] = []
+
+
+class Status(Request, tag_field="op", tag="status", omit_defaults=True, kw_only=True):
+    """Ask for the daemon's state."""
+
+
+class Versions(Request, tag_field="op", tag="versions", omit_defaults=True, kw_only=True):
+    """Ask for all versions in the store with their verdicts."""
+
+
+class Rollback(Request, tag_field="op", tag="rollback", omit_defaults=True, kw_only=True):
+    """Serve `version` again; without one, the version served before the present one."""
+
+    version: int | None = None
+
+
+class Reset(Request, tag_field="op", tag="reset", omit_defaults=True, kw_only=True):
+    """Serve the source model (version 0) and watch from home again."""
+
+
+class Pause(Request, tag_field="op", tag="pause", omit_defaults=True, kw_only=True):
+    """Stop deciding: watch and answer, but do not adapt, swap or recall."""
+
+
+class Resume(Request, tag_field="op", tag="resume", omit_defaults=True, kw_only=True):
+    """Decide again after `pause`."""
+
+
+class Adapt(Request, tag_field="op", tag="adapt", omit_defaults=True, kw_only=True):
+    """Adapt now with the labels there are, whatever the charts say."""
+
+
+class Approve(Request, tag_field="op", tag="approve", omit_defaults=True, kw_only=True):
+    """Promote the candidate that `mode: propose` has prepared."""
+
+
+class Ask(Request, tag_field="op", tag="ask", omit_defaults=True, kw_only=True):
+    """Ask which `n` recent predictions are most worth a label."""
+
+    n: int = 16
+
+
+DataRequest = Predict | Cancel | Metadata | Ready
+ControlRequest = (
+    Label | Status | Versions | Rollback | Reset | Pause | Resume | Adapt | Approve | Ask | Metadata | Ready
+)
+
+_R = TypeVar("_R", bound=Request)
+_encoder = msgspec.msgpack.Encoder()
+_envelope = msgspec.msgpack.Decoder(dict[str, Any])
+_data = msgspec.msgpack.Decoder(DataRequest)
+_control = msgspec.msgpack.Decoder(ControlRequest)
+
+
+def encode(header: msgspec.Struct | dict[str, Any], *tensors: Array) -> list[bytes]:
+    """Frames of one message: the header, then each tensor's bytes (made contiguous and little-endian)."""
+    return [
+        _encoder.encode(header),
+        *(np.ascontiguousarray(t, t.dtype.newbyteorder("<")).tobytes() for t in tensors),
+    ]
+
+
+def decode_data(frames: Sequence[bytes]) -> DataRequest:
+    """Decode a request on the data socket.
+
+    Raises:
+        ProtocolError: the frames are not a request of this protocol version.
+    """
+    return _decode(frames, _data)
+
+
+def decode_control(frames: Sequence[bytes]) -> ControlRequest:
+    """Decode a request on the control socket.
+
+    Raises:
+        ProtocolError: the frames are not a request of this protocol version.
+    """
+    return _decode(frames, _control)
+
+
+def _decode(frames: Sequence[bytes], decoder: "msgspec.msgpack.Decoder[_R]") -> _R:
+    if not 1 <= len(frames) <= 2:
+        raise ProtocolError(f"expected 1 or 2 frames (header, payload), got {len(frames)}")
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(frames[0])} bytes; at most {MAX_HEADER_BYTES} are read")
+    try:
+        request = decoder.decode(frames[0])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        envelope = peek(frames[0])
+        if envelope.get("v", PROTOCOL_VERSION) != PROTOCOL_VERSION:
+            raise _version_error(envelope["v"]) from error
+        raise ProtocolError(f"header is not a request of protocol {PROTOCOL_VERSION}: {error}") from error
+    check_version(request.v)
+    return request
+
+
+def check_version(v: int) -> None:
+    """Refuse a request of another protocol version.
+
+    Raises:
+        ProtocolError: `v` is not `PROTOCOL_VERSION`.
+    """
+    if v != PROTOCOL_VERSION:
+        raise _version_error(v)
+
+
+def _version_error(v: object) -> ProtocolError:
+    return ProtocolError(f"protocol version {v!r} is not spoken here; send v={PROTOCOL_VERSION}")
+
+
+def peek(header: bytes) -> dict[str, Any]:
+    """Whatever of a header can be read, so that even a bad request is answered with its own `id`."""
+    try:
+        return _envelope.decode(header)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+
+
+def decode_images(frames: Sequence[bytes], dtype: str, shape: Sequence[int], image_shape: Sequence[int]) -> Array:
+    """View the payload frame as images; nothing is copied.
+
+    Args:
+        frames: header and payload.
+        dtype: what the header says; must be "uint8".
+        shape: what the header says; must be (N, *image_shape) with N >= 1.
+        image_shape: (H, W, C) of the model.
+
+    Returns:
+        (N, H, W, C) uint8, read-only.
+
+    Raises:
+        ProtocolError: the payload frame is missing or has another length than the shape says.
+        InputError: the model does not take this dtype or shape.
+    """
+    want = f"(N, {', '.join(map(str, image_shape))})"
+    if len(frames) != 2:
+        raise ProtocolError("a payload frame with the image bytes must follow the header")
+    if dtype != "uint8":
+        raise InputError(f"dtype {dtype!r} is not taken: send uint8, the model normalises itself")
+    if len(shape) != 4 or tuple(shape[1:]) != tuple(image_shape) or shape[0] < 1:
+        hint = ": send channels last" if sorted(shape[1:]) == sorted(image_shape) else ""
+        raise InputError(f"expected shape {want} with N >= 1, got {tuple(shape)}{hint}")
+    size = int(np.prod(shape, dtype=np.int64))
+    if len(frames[1]) != size:
+        raise ProtocolError(f"payload has {len(frames[1])} bytes, shape {tuple(shape)} of uint8 needs {size}")
+    return np.frombuffer(frames[1], np.uint8).reshape(shape)
+
+
+def decode_reply(frames: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+    """Split a reply into its header and its tensor frames.
+
+    Raises:
+        ProtocolError: the header is not msgpack, or of another version.
+    """
+    if not frames:
+        raise ProtocolError("empty reply")
+    header = peek(frames[0])
+    if not header:
+        raise ProtocolError("reply header is not a msgpack map")
+    check_version(header.get("v", -1))
+    return header, list(frames[1:])
+
+
+def error_reply(request_id: object, error: BaseException) -> dict[str, Any]:
+    """The one place where an exception becomes a reply; unknown ones say nothing of the inside."""
+    if not isinstance(error, TTAError):
+        return {
+            "v": PROTOCOL_VERSION,
+            "id": request_id,
+            "code": int(Code.INTERNAL),
+            "error": "internal error; see the daemon's log",
+        }
+    reply = {"v": PROTOCOL_VERSION, "id": request_id, "code": int(error.code), "error": str(error)}
+    if error.retry_after_s is not None:
+        reply["retry_after_s"] = error.retry_after_s
+    return reply

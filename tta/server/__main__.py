@@ -1,0 +1,289 @@
+"""`python -m tta.server OPTIONS.json`: one server process.
+
+From here to the model it takes five named calls:
+`main` → `Server.main_loop` → `Frontend.tick` → (queue) → `Server.predict_batches` → `Predictor.run`.
+
+Threads: the main thread is the frontend and owns the client sockets; the inference thread runs batches; the
+builder thread exists only while a version is being prepared.
+"""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import structlog
+import zmq
+
+from tta import log, protocol
+from tta.bundle import load_bundle
+from tta.errors import TTAError
+from tta.server.batcher import Batcher, Pending
+from tta.server.frontend import Frontend, Statistics, expired_error
+from tta.server.options import Observation, ServerOptions
+from tta.server.predictor import Predictor
+
+SHIP_S = 1.0  # seconds between two shipments of counters
+
+
+class Server:
+    """One server: startup, main_loop, shutdown."""
+
+    def __init__(self, options: ServerOptions, logger: structlog.typing.FilteringBoundLogger) -> None:
+        self.options = options
+        self.log = logger
+        self.should_exit = False
+        # Ids are microseconds at start plus images since: unique over restarts, exact in a double.
+        self.epoch = time.time_ns() // 1000
+        self.next_id = self.epoch
+        self.builder: threading.Thread | None = None
+
+    def startup(self) -> None:
+        """Load the model, warm it, bind the sockets."""
+        options = self.options
+        self.bundle = load_bundle(options.bundle)
+        self.predictor = Predictor(self.bundle, options.device, options.threads, options.max_batch_size)
+        self.predictor.activate(self._first_version())
+        self.context = zmq.Context()
+        self.context.set(zmq.MAX_SOCKETS, 4096)
+        self.batcher = Batcher(options.max_batch_size, options.max_wait_s, options.queue_images)
+        self.statistics = Statistics(self.epoch)
+        self.frontend = Frontend(
+            self.context,
+            options,
+            self.bundle.manifest,
+            self.batcher,
+            self.statistics,
+            self.handle_admin,
+            self.version,
+        )
+        self.inference = threading.Thread(target=self.predict_batches, name="inference", daemon=True)
+        self.inference.start()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+        self.log.info(
+            "server_ready",
+            pid=os.getpid(),
+            endpoint=options.endpoint,
+            version=self.version(),
+            device=self.predictor.device,
+        )
+
+    def _first_version(self) -> Any:
+        folder = self.options.version_folder
+        try:
+            return self.predictor.prepare(Path(folder) if folder else None)
+        except TTAError as error:
+            if folder is None:
+                raise
+            self.log.error("version_refused", folder=folder, error=str(error), serving=0)
+            return self.predictor.prepare(None)
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        self.should_exit = True
+
+    def version(self) -> int:
+        """The version in service."""
+        current = self.predictor.current
+        assert current is not None
+        return current.version
+
+    def main_loop(self) -> None:
+        """Serve until a signal or the daemon's `drain`."""
+        while not self.should_exit:
+            self.frontend.tick()
+
+    def shutdown(self) -> None:
+        """Refuse new requests, finish the admitted ones, close."""
+        self.log.info("server_draining", queued_images=self.batcher.images)
+        self.frontend.draining = True
+        end = time.monotonic() + self.options.drain_s
+        self.batcher.close()
+        while time.monotonic() < end and self.inference.is_alive():
+            self.frontend.tick()
+        self.frontend.close()
+        self.context.destroy(linger=1000)
+        self.log.info("server_stopped")
+
+    # -- inference thread ---------------------------------------------------------------------------
+
+    def predict_batches(self) -> None:
+        """Take batches until draining is done; one version a batch, one batch a request."""
+        replies = self.context.socket(zmq.PUSH)
+        replies.connect("inproc://replies")
+        observations = self.context.socket(zmq.PUSH)
+        observations.setsockopt(zmq.SNDHWM, self.options.observation_queue)
+        observations.setsockopt(zmq.LINGER, 0)
+        observations.connect(self.options.observe)
+        sample = random.Random(self.options.seed)
+        shipped = time.monotonic()
+        while True:
+            batch = self.batcher.take(timeout_s=0.1)
+            if batch:
+                try:
+                    self._predict(batch, replies, observations, sample)
+                except Exception as error:  # whatever the runtime raises, the clients get an answer
+                    self.log.exception("batch_failed", error=str(error))
+                    for request in batch:
+                        self._count("internal")
+                        replies.send_multipart(
+                            [request.identity, *protocol.encode(protocol.error_reply(request.request_id, error))]
+                        )
+            elif self.frontend_is_draining():
+                break
+            if time.monotonic() - shipped >= SHIP_S:
+                shipped = time.monotonic()
+                self._ship(observations, [msgspec.msgpack.encode(self.statistics.snapshot(self.batcher.images))])
+        replies.close()
+        observations.close()
+
+    def frontend_is_draining(self) -> bool:
+        """Whether admission is closed, so that an empty queue stays empty."""
+        return self.frontend.draining
+
+    def _predict(
+        self, batch: list[Pending], replies: "zmq.Socket[bytes]", observations: "zmq.Socket[bytes]", sample: random.Random
+    ) -> None:
+        start = time.monotonic()
+        live = []
+        for request in batch:
+            if request.cancelled or request.expires < start:
+                error = expired_error(request)
+                self._count(error.code.name.lower())
+                header = protocol.error_reply(request.request_id, error)
+                replies.send_multipart([request.identity, *protocol.encode(header)])
+            else:
+                live.append(request)
+        if not live:
+            return
+        x = live[0].x if len(live) == 1 else np.concatenate([r.x for r in live])
+        result = self.predictor.run(x)
+        compute_s = time.monotonic() - start
+        self.batcher.observe(len(x), compute_s)
+        first_id, self.next_id = self.next_id, self.next_id + len(x)
+
+        # 1. Tell the daemon first: a label that follows the reply must find its prediction.
+        inputs = sample.random() < self.options.input_sample_rate
+        keys = [r.key for r in live for _ in range(len(r.x))] if any(r.key for r in live) else None
+        observation = Observation(
+            epoch=self.epoch, first_id=first_id, version=result.version, n=len(x), inputs=inputs, keys=keys
+        )
+        tensors = [result.logits, result.features, *([x] if inputs else [])]
+        self._ship(observations, [msgspec.msgpack.encode(observation), *(t.tobytes() for t in tensors)])
+
+        # 2. Answer each request with its rows.
+        row = 0
+        for request in live:
+            n = len(request.x)
+            header = {
+                "v": protocol.PROTOCOL_VERSION,
+                "id": request.request_id,
+                "code": 0,
+                "version": result.version,
+                "prediction_id": first_id + row,
+                "credit": max(0, self.options.queue_images - self.batcher.images),
+                "queue_s": start - request.received,
+                "compute_s": compute_s,
+                "shape": [n, result.logits.shape[1]],
+            }
+            replies.send_multipart([request.identity, *protocol.encode(header, result.logits[row : row + n])])
+            row += n
+            self._count("ok")
+            self.statistics.queue_s.observe(start - request.received)
+            self.statistics.request_s.observe(time.monotonic() - request.received)
+        self.statistics.images += len(x)
+        self.statistics.batches += 1
+        self.statistics.compute_s.observe(compute_s)
+        self.statistics.batch_size.observe(len(x))
+
+    def _count(self, code: str) -> None:
+        self.statistics.requests[code] = self.statistics.requests.get(code, 0) + 1
+
+    def _ship(self, observations: "zmq.Socket[bytes]", frames: list[bytes]) -> None:
+        try:
+            observations.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:  # the daemon is away or slow: predictions never wait for it
+            self.statistics.observations_dropped += 1
+
+    # -- admin ----------------------------------------------------------------------------------------
+
+    def handle_admin(self, command: dict[str, Any], respond: Callable[[dict[str, Any]], None]) -> None:
+        """Answer the daemon: hello and drain at once, swap when the version is in service."""
+        op = command.get("op")
+        if op == "hello":
+            respond(
+                {
+                    "op": "hello",
+                    "pid": os.getpid(),
+                    "epoch": self.epoch,
+                    "bundle_sha256": self.bundle.sha256,
+                    "options": msgspec.to_builtins(self.options),
+                    "version": self.version(),
+                    "device": self.predictor.device,
+                    "building": self.builder is not None and self.builder.is_alive(),
+                }
+            )
+        elif op == "drain":
+            self.should_exit = True
+            respond({"op": "drain"})
+        elif op == "swap":
+            if self.builder is not None and self.builder.is_alive():
+                respond({"op": "swap", "id": command["id"], "error": "another version is being prepared"})
+                return
+            self.builder = threading.Thread(target=self._swap, args=(command,), name="builder", daemon=True)
+            self.builder.start()
+
+    def _swap(self, command: dict[str, Any]) -> None:
+        """Builder thread: prepare, verify, flip, report."""
+        reply: dict[str, Any] = {"op": "swap", "id": command["id"], "version": command["version"]}
+        start = time.monotonic()
+        try:
+            previous = self.predictor.previous
+            if previous is not None and previous.version == command["version"]:
+                session = previous
+            else:
+                folder = command.get("folder")
+                session = self.predictor.prepare(Path(folder) if folder else None)
+            reply["prepare_s"] = time.monotonic() - start
+            flip = time.monotonic()
+            self.predictor.activate(session)
+            reply["flip_s"] = time.monotonic() - flip
+            self.predictor.release(previous=False)
+        except TTAError as error:
+            reply["error"] = str(error)
+        except Exception as error:  # reported to the daemon, which keeps the present version
+            self.log.exception("swap_failed", error=str(error))
+            reply["error"] = f"internal: {type(error).__name__}"
+        self.log.info("swap", **{k: v for k, v in reply.items() if k != "op"})
+        socket = self.context.socket(zmq.PUSH)
+        socket.connect("inproc://admin-replies")
+        socket.send_multipart([command["identity"], msgspec.msgpack.encode(reply)])
+        socket.close()
+
+
+def main() -> int:
+    """Run one server; the exit status says how it ended."""
+    options = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ServerOptions)
+    logger = log.setup("server")
+    server = Server(options, logger)
+    try:
+        server.startup()
+    except (TTAError, zmq.ZMQError) as error:
+        logger.error("server_failed", error=str(error), endpoint=options.endpoint)
+        # Whoever started us shows this to its user.
+        Path(sys.argv[1]).with_suffix(".error").write_text(f"{error} (endpoint {options.endpoint})")
+        return 2
+    server.main_loop()
+    server.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

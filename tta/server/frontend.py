@@ -1,0 +1,224 @@
+"""The ROUTER loop: admit, reject, reply. Owns every socket that clients and the daemon talk to.
+
+Runs in the server's main thread: a synchronous poll that drains each socket until it is empty. Replies come
+from the inference thread as ready frames over inproc.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+from tta import protocol
+from tta.bundle import Manifest
+from tta.errors import CancelledError, TTAError, UnavailableError
+from tta.server.batcher import Batcher, Pending
+from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, ServerOptions
+
+POLL_MS = 100  # how late a signal is noticed
+BURST = 256  # messages taken from one socket before the others get a turn
+
+
+class Histogram:
+    """Counts by bucket and their sum, for one thread to add to."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class Statistics:
+    """The server's counters, each written by one thread only.
+
+    The frontend counts what it refuses (`rejected`, by code) and cannot deliver; the inference thread
+    everything else (`requests`, by code) and ships the totals.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.requests: dict[str, int] = {}
+        self.rejected: dict[str, int] = {}
+        self.undeliverable = 0
+        self.images = 0
+        self.batches = 0
+        self.observations_dropped = 0
+        self.request_s = Histogram(DURATION_BUCKETS_S)
+        self.queue_s = Histogram(DURATION_BUCKETS_S)
+        self.compute_s = Histogram(DURATION_BUCKETS_S)
+        self.batch_size = Histogram(BATCH_BUCKETS)
+
+    def snapshot(self, queue_images: int) -> Counters:
+        """The totals to ship."""
+        return Counters(
+            epoch=self.epoch,
+            requests=dict(self.requests),
+            rejected=dict(self.rejected),
+            undeliverable=self.undeliverable,
+            images=self.images,
+            batches=self.batches,
+            observations_dropped=self.observations_dropped,
+            queue_images=queue_images,
+            histograms={
+                name: (list(h.counts), h.sum)
+                for name, h in (
+                    ("request_duration_seconds", self.request_s),
+                    ("queue_duration_seconds", self.queue_s),
+                    ("compute_duration_seconds", self.compute_s),
+                    ("batch_size", self.batch_size),
+                )
+            },
+        )
+
+
+class Frontend:
+    """Sockets and admission of one server."""
+
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        options: ServerOptions,
+        manifest: Manifest,
+        batcher: Batcher,
+        statistics: Statistics,
+        admin: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None],
+        version: Callable[[], int],
+    ) -> None:
+        self.options = options
+        self.manifest = manifest
+        self.batcher = batcher
+        self.statistics = statistics
+        self.draining = False
+        self._admin = admin
+        self._version = version
+        self._data = context.socket(zmq.ROUTER)
+        self._data.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that cannot be delivered is an error, not silence
+        self._data.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._data.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)
+        self._data.setsockopt(zmq.LINGER, 1000)
+        self._data.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        self._data.setsockopt(zmq.HEARTBEAT_TIMEOUT, 20000)
+        self._data.bind(options.endpoint)
+        self._admin_socket = context.socket(zmq.ROUTER)
+        self._admin_socket.setsockopt(zmq.LINGER, 1000)
+        self._admin_socket.bind(options.admin)
+        self._replies = context.socket(zmq.PULL)  # [identity, header, payload] from the inference thread
+        self._replies.bind("inproc://replies")
+        self._admin_replies = context.socket(zmq.PULL)  # [identity, header] from the builder thread
+        self._admin_replies.bind("inproc://admin-replies")
+        self._poller = zmq.Poller()
+        for socket in (self._data, self._admin_socket, self._replies, self._admin_replies):
+            self._poller.register(socket, zmq.POLLIN)
+
+    def tick(self) -> None:
+        """Wait for something to happen, then drain every socket that has something."""
+        ready = dict(self._poller.poll(POLL_MS))
+        if self._replies in ready:
+            for frames in drain(self._replies):
+                self._send(frames)
+        if self._data in ready:
+            for frames in drain(self._data):
+                self._handle(frames)
+        if self._admin_socket in ready:
+            for frames in drain(self._admin_socket):
+                self._handle_admin(frames)
+        if self._admin_replies in ready:
+            for frames in drain(self._admin_replies):
+                self._admin_socket.send_multipart(frames)
+
+    def close(self) -> None:
+        """Send what is queued (up to a second) and close."""
+        for frames in drain(self._replies):
+            self._send(frames)
+        for socket in (self._data, self._admin_socket, self._replies, self._admin_replies):
+            socket.close()
+
+    def _handle(self, frames: list[bytes]) -> None:
+        identity, body = frames[0], frames[1:]
+        request_id: Any = None
+        try:
+            request_id = protocol.peek(body[0]).get("id") if body else None
+            request = protocol.decode_data(body)
+            if isinstance(request, protocol.Predict):
+                self._admit(identity, request, body)
+                return
+            reply = self._answer(identity, request)
+        except TTAError as error:
+            self._count_rejection(error)
+            reply = protocol.error_reply(request_id, error)
+        self._send([identity, *protocol.encode(reply)])
+
+    def _admit(self, identity: bytes, request: protocol.Predict, frames: list[bytes]) -> None:
+        if self.draining:
+            raise UnavailableError("draining: the server is going down", 1.0)
+        x = protocol.decode_images(frames, request.dtype, request.shape, self.manifest.image_shape)
+        now = time.monotonic()
+        expires = now + request.deadline_s if request.deadline_s is not None else float("inf")
+        self.batcher.put(Pending(identity, request.id, x, now, expires, request.key))
+
+    def _answer(self, identity: bytes, request: protocol.DataRequest) -> dict[str, Any]:
+        reply: dict[str, Any] = {"v": protocol.PROTOCOL_VERSION, "id": request.id, "code": 0}
+        if isinstance(request, protocol.Cancel):
+            return {**reply, "cancelled": self.batcher.cancel(identity, request.id)}
+        if isinstance(request, protocol.Ready):
+            return {**reply, "ready": not self.draining}
+        m = self.manifest
+        return {
+            **reply,
+            "name": m.name,
+            "platform": "onnxruntime",
+            "versions": [str(self._version())],
+            "inputs": [{"name": "x", "datatype": "UINT8", "shape": [-1, *m.image_shape]}],
+            "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, m.n_classes]}],
+            "classes": m.classes,
+            "resize": m.resize,
+        }
+
+    def _handle_admin(self, frames: list[bytes]) -> None:
+        identity = frames[0]
+        command = msgspec.msgpack.decode(frames[1])
+
+        def respond(reply: dict[str, Any]) -> None:
+            # Called in this thread for quick commands; the builder thread uses its own inproc socket.
+            self._admin_socket.send_multipart([identity, msgspec.msgpack.encode(reply)])
+
+        command["identity"] = identity
+        self._admin(command, respond)
+
+    def _count_rejection(self, error: TTAError) -> None:
+        code = error.code.name.lower()
+        self.statistics.rejected[code] = self.statistics.rejected.get(code, 0) + 1
+
+    def _send(self, frames: list[bytes]) -> None:
+        try:
+            self._data.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError:  # EAGAIN: the client does not read; EHOSTUNREACH: it is gone
+            self.statistics.undeliverable += 1
+
+
+def drain(socket: "zmq.Socket[bytes]") -> list[list[bytes]]:
+    """All messages that wait on a socket, up to `BURST`."""
+    messages = []
+    for _ in range(BURST):
+        try:
+            messages.append(socket.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            break
+    return messages
+
+
+def expired_error(request: Pending) -> TTAError:
+    """Why a request that was taken from the queue is not computed."""
+    from tta.errors import DeadlineError
+
+    if request.cancelled:
+        return CancelledError("cancelled before it started")
+    return DeadlineError("the deadline passed while the request was queued")

@@ -1,0 +1,64 @@
+"""What the daemon tells a server at its start, as a JSON file; and what both say to each other later.
+
+    admin socket (daemon → server)   hello | swap | drain
+    observations (server → daemon)   observation (one a batch) | counters (one a second)
+"""
+
+import msgspec
+
+
+class ServerOptions(msgspec.Struct, kw_only=True):
+    """Settings of one server process; see `configs/default.yaml` for what each means."""
+
+    bundle: str
+    version_folder: str | None
+    endpoint: str
+    admin: str
+    observe: str
+    device: str
+    threads: int
+    max_batch_size: int
+    max_wait_s: float
+    queue_images: int
+    max_message_bytes: int
+    input_sample_rate: float
+    observation_queue: int
+    drain_s: float
+    seed: int = 0
+
+    def same_service(self, other: "ServerOptions") -> bool:
+        """Whether a server started with `other` can be used as one started with these; the version may differ."""
+        return msgspec.structs.replace(self, version_folder=None) == msgspec.structs.replace(
+            other, version_folder=None
+        )
+
+
+class Observation(msgspec.Struct, kw_only=True):
+    """Header of one batch's observation; frames follow: logits, features, then the images if `inputs`."""
+
+    op: str = "observation"
+    epoch: int
+    first_id: int
+    version: int
+    n: int
+    inputs: bool
+    keys: list[str | None] | None = None
+
+
+DURATION_BUCKETS_S = tuple(0.00025 * 2**i for i in range(15))  # 250 us .. 4 s
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Counters(msgspec.Struct, kw_only=True):
+    """Totals of one server process since its start (`epoch`)."""
+
+    op: str = "counters"
+    epoch: int
+    requests: dict[str, int]
+    rejected: dict[str, int]
+    undeliverable: int
+    images: int
+    batches: int
+    observations_dropped: int
+    queue_images: int
+    histograms: dict[str, tuple[list[int], float]]

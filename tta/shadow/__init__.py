@@ -1,0 +1,1 @@
+"""The server's predictor in a niced process: any version, off the hot path."""
