@@ -220,6 +220,7 @@ class Scenario:
         self.starts: list[tuple[int, float]] = []  # (requests sent before it, seconds) of each phase
         self.errors = 0
         self.outcomes: dict[str, int] = {}
+        self.source_logits: Array | None = None  # of every image of every phase, once `report` has run
         self._view = view
         self._rng = np.random.default_rng(seed)
         self._by_request: dict[int | str, int] = {}
@@ -350,6 +351,7 @@ class Scenario:
     def report(self, bundle: Path) -> Report:
         """Measure; needs the `serve` extra, since it runs every version again."""
         expected = self._expected_logits(bundle)
+        self.source_logits = expected[0]
         mixed = 0
         for sent in self.sent:
             if sent.logits is not None:
@@ -368,7 +370,7 @@ class Scenario:
             errors=self.errors,
             mixed_version_replies=mixed,
             promotions_clean=sum(self._phase_at(e["sequence"]) in clean for e in promoted),
-            alarms_clean=sum(self._phase_at(e.get("onset", e["sequence"])) in clean for e in alarms),
+            alarms_clean=sum(self._phase_at(e.get("sample", e["sequence"])) in clean for e in alarms),
             alarms_clean_expected=round(n_clean / float(self.status["arl"]), 4),
             labels_used=sum(self._labels),
             home_recognised=sum(e["event"] == "home_recognised" for e in self.events),
@@ -427,7 +429,7 @@ class Scenario:
         return PhaseReport(
             name=phase.name,
             shift_kind=phase.shift_kind,
-            alarm_after_samples=noticed["sequence"] - first if noticed else None,
+            alarm_after_samples=self._noticed(noticed) - first if noticed else None,
             accuracy_source=_mean(source_right.tolist()),
             accuracy_before=self._accuracy(mine[:cure], labelled),
             accuracy_after=self._accuracy(mine[cure:], labelled) if cure is not None else None,
@@ -439,6 +441,10 @@ class Scenario:
             images_after=self._unique(mine[cure:], labelled) if cure is not None else 0,
             state=self.moments[-1].state if end == len(self.sent) else "",
         )
+
+    def _noticed(self, event: dict[str, Any]) -> int:
+        """Image at which the charts crossed; for labelled errors, the one at which enough labels had come."""
+        return int(event.get("sample", event["sequence"]))
 
     def _accuracy(self, sent: Sequence[Sent], labelled: set[int]) -> float | None:
         """Share right, each unlabelled image counted once."""
@@ -500,6 +506,15 @@ def draw_timeline(scenario: Scenario, path: Path, title: str) -> None:
             axis.axvspan(first, end, color=kinds[phase.shift_kind], zorder=0)
         axes[0].text((first + end) / 2, 1.04, phase.name, ha="center", va="bottom", fontsize=9)
     right = np.array([scenario._right(s) if s.logits is not None and not s.labelled else np.nan for s in scenario.sent])
+    if scenario.source_logits is not None:
+        classes = scenario.source_logits.argmax(axis=1)
+        source = np.array(
+            [
+                float(classes[scenario._flat(s)] == scenario.phases[s.phase].y[s.index]) if not s.labelled else np.nan
+                for s in scenario.sent
+            ]
+        )
+        axes[0].plot(_rolling(source, 100), color="#9a9a9a", linewidth=1.2, label="source model, same images")
     axes[0].plot(_rolling(right, 100), color="#1f6f4a", linewidth=1.6, label="served, last 100 unlabelled")
     axes[0].set_ylim(0, 1.02)
     axes[0].set_ylabel("accuracy")

@@ -137,7 +137,6 @@ def print_report(report: "Report") -> None:
     rows = [
         [
             p.name,
-            p.shift_kind,
             "–" if p.alarm_after_samples is None else p.alarm_after_samples,
             percent(p.accuracy_source),
             percent(p.accuracy_before),
@@ -150,8 +149,8 @@ def print_report(report: "Report") -> None:
         ]
         for p in report.phases
     ]
-    columns = ["phase", "shift", "noticed after", "source %", "before %", "after %", "version", "block", "labels", "s", "from"]
-    print_table(columns, rows)
+    columns = ["phase", "noticed", "source", "before", "after", "version", "block", "labels", "s", "from"]
+    print_table(columns, rows, "accuracy in %; noticed after so many images; s: seconds to recover")
     print(
         f"{report.requests} requests, {report.lost} lost, {report.mixed_version_replies} of mixed version; "
         f"{report.alarms_clean} false alarms in clean phases ({report.alarms_clean_expected:.2f} expected), "

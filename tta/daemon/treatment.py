@@ -40,6 +40,7 @@ RECALL_EVERY = 8  # new labels between two attempts to recognise an output-level
 RECALL_MARGIN = 0.1  # a regime's cure must come this near its accuracy to be recognised by labels
 ACCURACY_WINDOW = 100  # labels in the accuracy gauges
 MIN_ADAPT_LABELS = 16
+SUSPICION_SAMPLES = 128  # to find out where the traffic of a cured regime went before it is an alarm
 
 
 @dataclass
@@ -123,6 +124,7 @@ class Treatment:
         self._right: dict[str, deque[bool]] = {m: deque(maxlen=ACCURACY_WINDOW) for m in ("serving", "source")}
         self._recall_tried_at = 0
         self._recalling = False
+        self._suspicion: tuple[Alarm, int] | None = None
         self._job = 0
         self._began = 0.0
 
@@ -202,15 +204,35 @@ class Treatment:
         if self.cycle.state is State.DRIFTED and self.case.cause == "labels":
             self.case.cause = "charts"  # it is not only the output
             self.watch.look_from(sequence)
-        if self.cycle.state is State.STABLE:
-            self._open_case("charts", sequence)
-            self.happen(Event.ALARM, cause="charts", block=alarm.block, statistic=round(alarm.statistic, 3), onset=sequence)
+        if self.cycle.state is not State.STABLE or self._suspicion is not None:
+            return
+        self._suspicion = (alarm, sequence)
+        if self.regime.number == HOME:
+            self._raise_suspicion()
+        else:
+            # A cured shift most often ends by going home, which is no alarm: look where the traffic went first.
+            self.watch.look_from(sequence)
+
+    def _raise_suspicion(self) -> None:
+        """It is an alarm."""
+        assert self._suspicion is not None
+        alarm, sequence = self._suspicion
+        self._open_case("charts", sequence - alarm.lag)
+        self.happen(
+            Event.ALARM,
+            cause="charts",
+            block=alarm.block,
+            statistic=round(alarm.statistic, 3),
+            sample=sequence,
+            onset=sequence - alarm.lag,
+        )
 
     def _open_case(self, cause: str, onset: int) -> None:
         self.case.cause, self.case.onset, self.case.kind = cause, onset, ""
         self.case.wanted, self.case.forced, self.case.proposal = self.config.adapt.labels, False, 0
         self.diagnosis = None
         self._recall_tried_at = 0
+        self._suspicion = None
         self.watch.look_from(onset)
         self.metrics.alarms.labels(cause).inc()
 
@@ -220,22 +242,28 @@ class Treatment:
             self._look_while_idle()
             return
         same_features = self._feature_regime()
-        if self.cycle.state is State.STABLE and (self.regime.number == HOME or self.regime.fingerprint is None):
+        if self.cycle.state is State.STABLE and same_features == HOME and self._suspicion is None:
             return  # the charts watch; a fingerprint is for telling regimes apart afterwards
         found = self.watch.recognised()
-        if found is None or (self.server.swapping and self.cycle.state is State.PROBATION):
+        if self.server.swapping and self.cycle.state is State.PROBATION:
             return
-        if found.number == same_features:
-            if self.case.cause == "charts":
+        if found is not None and found.number == same_features:
+            if self._suspicion is not None:
+                self._suspicion = None
+                self.watch.charts.reset()
+            elif self.case.cause == "charts":
                 self.happen(Event.QUIET, regime=found.number)
-            return
-        if self.config.library.recall == "off" and found.number != HOME:
-            return
-        self._target = found
-        self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version)
+        elif found is not None and (self.config.library.recall != "off" or found.number == HOME):
+            self._target = found
+            sample = self._suspicion[1] if self._suspicion else self.case.onset
+            self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
+        elif self._suspicion is not None and self.sequence - self._suspicion[1] > SUSPICION_SAMPLES:
+            self._raise_suspicion()
 
     def _look_while_idle(self) -> None:
         """Without acting, an alarm still ends when the traffic is as before."""
+        if self._suspicion is not None:
+            self._raise_suspicion()
         if self.cycle.state is State.DRIFTED:
             found = self.watch.recognised()
             if found is not None and found.number == self._feature_regime() and self.case.cause == "charts":
@@ -504,7 +532,7 @@ class Treatment:
         if self._target.number == HOME:
             self.record("home_recognised", regime=HOME)
         self._change(self._target.version, self._target.number, "recall")
-        self.case.cause = ""
+        self.case.cause, self._suspicion = "", None
 
     def _change(self, version: int, regime: int, reason: str) -> None:
         """Start serving another version, then its probation."""
@@ -582,7 +610,7 @@ class Treatment:
 
     def _watch(self) -> None:
         self.case.cause, self.case.kind, self.case.proposal = "", "", 0
-        self._target = None
+        self._target = self._suspicion = None
         self.watch.enter(self.regime, self.sequence)
 
     def accuracy(self) -> dict[str, float]:

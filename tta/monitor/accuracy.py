@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 ODDS_RATIOS = (1.5, 2.0, 4.0, 8.0, 16.0)  # alternatives to the null odds; averaged, so none has to be right
+ONSET_RATIO = 4.0  # the alternative whose CUSUM dates the onset
 
 
 class ErrorDetector:
@@ -31,6 +32,7 @@ class ErrorDetector:
     def reset(self) -> None:
         """Start anew."""
         self._r = [0.0] * len(ODDS_RATIOS)
+        self._cusum = 0.0
         self._last_low = 0
         self.n_labels = 0
 
@@ -46,19 +48,23 @@ class ErrorDetector:
 
     @property
     def labels_since_onset(self) -> int:
-        """How many labels ago the statistic was last where it starts: an estimate of the onset."""
+        """How many labels ago errors began to rise: since the CUSUM of the likelihood ratio was last 0."""
         return self.n_labels - self._last_low
 
     def update(self, error: bool) -> None:
         """Take one label: was the prediction wrong?"""
         self.n_labels += 1
         for i, ratio in enumerate(ODDS_RATIOS):
-            odds = ratio * self.null / (1 - self.null)
-            p = odds / (1 + odds)
-            e = p / self.null if error else (1 - p) / (1 - self.null)
-            self._r[i] = min((self._r[i] + 1.0) * e, 1e12)
-        if self.statistic * self.arl <= 2.0:
+            self._r[i] = min((self._r[i] + 1.0) * self._likelihood_ratio(error, ratio), 1e12)
+        self._cusum = max(0.0, self._cusum + math.log(self._likelihood_ratio(error, ONSET_RATIO)))
+        if self._cusum == 0.0:
             self._last_low = self.n_labels
+
+    def _likelihood_ratio(self, error: bool, odds_ratio: float) -> float:
+        """Of one label, under the null's odds times `odds_ratio` and under the null."""
+        odds = odds_ratio * self.null / (1 - self.null)
+        p = odds / (1 + odds)
+        return p / self.null if error else (1 - p) / (1 - self.null)
 
 
 class PairedTest:

@@ -9,7 +9,7 @@ Source: Lowry et al., A multivariate EWMA control chart, Technometrics 1992.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from tta.errors import InputError
 
 LAMBDAS = (0.3, 0.1, 0.03)
 CLIP = 8.0  # standard deviations: one broken image cannot alarm alone, a stuck sensor still does
+QUIET = 0.5  # of the threshold, under which nothing has begun
 CHUNK = 64  # samples a batch is cut into, so that the path matrix stays small
 
 Array = npt.NDArray[Any]
@@ -76,11 +77,13 @@ class Alarm:
 
     Attributes:
         index: of the first sample over it, within the update.
+        lag: samples between the estimated onset (the last time all charts were quiet) and that sample.
         block: of the chart that crossed.
         statistic: the chart's T²/r over its threshold, > 1.
     """
 
     index: int
+    lag: int
     block: str
     statistic: float
 
@@ -115,6 +118,7 @@ class DriftCharts:
         """Start the charts anew, as if nothing had been seen."""
         self._z = np.zeros((len(self.lambdas), self.layout.n_features))
         self.n_samples = 0
+        self._quiet_until = 0  # samples taken when all charts were last quiet
         self.statistic = np.zeros(len(self.layout.names))  # by block: largest T²/(r·threshold) over the speeds
 
     @property
@@ -135,7 +139,7 @@ class DriftCharts:
         for start in range(0, len(w), CHUNK):
             alarm = self._update_chunk((w[start : start + CHUNK] - self._mean) / self._scale)
             if alarm is not None and first is None:
-                first = Alarm(alarm.index + start, alarm.block, alarm.statistic)
+                first = replace(alarm, index=alarm.index + start)
         return first
 
     def _update_chunk(self, w: Array) -> Alarm | None:
@@ -148,14 +152,19 @@ class DriftCharts:
             self._z[i] = z[-1]
             variance = lam / (2 - lam) * (1 - (1 - lam) ** (2 * t))
             np.maximum(worst, self.layout.squares(z) / variance[:, None] / self.thresholds[i], out=worst)
-        self.n_samples += n
         self.statistic = worst[-1]
-        over = worst.max(axis=1) > 1.0
-        if not over.any():
+        largest = worst.max(axis=1)
+        over = np.flatnonzero(largest > 1.0)
+        quiet = np.flatnonzero(largest[: over[0] if len(over) else n] < QUIET)
+        if len(quiet):
+            self._quiet_until = self.n_samples + int(quiet[-1]) + 1
+        before, self.n_samples = self.n_samples, self.n_samples + n
+        if not len(over):
             return None
-        index = int(over.argmax())
+        index = int(over[0])
         block = int(worst[index].argmax())
-        return Alarm(index, self.layout.names[block], float(worst[index, block]))
+        lag = before + index - self._quiet_until
+        return Alarm(index, lag, self.layout.names[block], float(worst[index, block]))
 
     def state(self) -> dict[str, Array]:
         """What `load_state` needs to go on where this left off."""

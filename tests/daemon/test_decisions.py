@@ -1,0 +1,84 @@
+"""Gate and cycle: what is decided, from numbers alone."""
+
+import pytest
+
+from tta.daemon.cycle import TABLE, Action, Cycle, Event, State
+from tta.daemon.gate import judge
+
+
+def correct(n_right: int, n: int) -> list[bool]:
+    return [True] * n_right + [False] * (n - n_right)
+
+
+def test_a_clear_gain_is_accepted() -> None:
+    """Twenty points on 100 labels pass, with every number in the verdict."""
+    verdict = judge(correct(80, 100), correct(60, 100), correct(60, 100), None, 0.05)
+
+    assert verdict.outcome == "accepted"
+    assert verdict.p_val == pytest.approx(2**-20)
+    assert verdict.fields()["accuracy_candidate"] == 0.8
+
+
+def test_a_loss_is_rejected() -> None:
+    """A candidate worse than the serving version is rejected, never undecided."""
+    assert judge(correct(50, 100), correct(60, 100), correct(60, 100), None, 0.05).outcome == "rejected"
+
+
+def test_four_labels_never_decide() -> None:
+    """Winning every one of four labels is undecided, and more labels are asked for."""
+    verdict = judge([True] * 4, [False] * 4, [False] * 4, None, 0.05)
+
+    assert verdict.outcome == "undecided"
+    assert verdict.labels_needed > 0
+
+
+def test_better_than_a_bad_version_is_not_enough() -> None:
+    """A candidate below the source is rejected even if it beats the serving version."""
+    verdict = judge(correct(60, 100), correct(30, 100), correct(70, 100), None, 0.05)
+
+    assert (verdict.outcome, verdict.reason) == ("rejected", "below the source model")
+
+
+def test_labels_must_beat_what_needs_none() -> None:
+    """A candidate below the one made without labels is rejected."""
+    verdict = judge(correct(70, 100), correct(40, 100), correct(40, 100), correct(75, 100), 0.05)
+
+    assert verdict.reason == "below the candidate made without labels"
+
+
+def test_without_labels_nothing_is_decided() -> None:
+    """No gate label gives no verdict but a number of labels to get."""
+    assert judge([], [], [], None, 0.05).outcome == "undecided"
+
+
+def test_the_table_is_the_design() -> None:
+    """Every weight change ends in probation, and only the gate, recognition or the operator leads there."""
+    for (_, event), (after, actions) in TABLE.items():
+        if Action.SWAP in actions or Action.RECALL in actions:
+            assert after is State.PROBATION
+            assert event in (Event.ACCEPTED, Event.KNOWN)
+        if after is State.PROBATION:
+            assert Action.SWAP in actions or Action.RECALL in actions
+
+
+def test_home_is_recalled_from_everywhere() -> None:
+    """A recognised regime is recalled from every state, and an adaptation under way is cancelled first."""
+    for state in State:
+        actions = Cycle(state).step(Event.KNOWN)
+        assert actions is not None
+        assert actions[-1] is Action.RECALL
+        assert (Action.CANCEL in actions) == (state is State.ADAPTING)
+
+
+def test_an_event_out_of_place_changes_nothing() -> None:
+    """A verdict that comes after the adaptation was cancelled is ignored."""
+    cycle = Cycle(State.STABLE)
+
+    assert cycle.step(Event.ACCEPTED) is None
+    assert cycle.state is State.STABLE
+
+
+def test_every_state_and_event_is_reachable() -> None:
+    """The table names every state and every event."""
+    assert {s for s, _ in TABLE} == set(State)
+    assert {e for _, e in TABLE} == set(Event)

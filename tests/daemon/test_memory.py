@@ -1,0 +1,200 @@
+"""What the daemon keeps: ledger, labels, versions, regimes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from tta.daemon.labels import Labelled, LabelBuffer, fits
+from tta.daemon.ledger import Entry, Ledger
+from tta.daemon.library import HOME, Library
+from tta.daemon.store import Store
+from tta.errors import ConfigError, NotFoundError
+from tta.monitor.regimes import fingerprint
+
+ID = 1_700_000_000_000_000
+
+
+def entry(i: int, seen: float = 0.0) -> Entry:
+    x = np.full((4, 4, 3), i % 256, np.uint8)
+    return Entry(ID + i, i, 0, np.zeros(3, np.float32), np.zeros(5, np.float32), x, seen)
+
+
+def labelled(i: int, label: int | None = 1) -> Labelled:
+    return Labelled(ID + i, i, 0, label, 1, np.full((4, 4, 3), i % 256, np.uint8))
+
+
+def test_the_ledger_forgets_by_bytes_and_by_age() -> None:
+    """The ledger stays within its bytes and drops what is too old, oldest first."""
+    ledger = Ledger(max_bytes=10 * entry(0).n_bytes, max_age_s=100)
+    for i in range(25):
+        ledger.add(entry(i, seen=float(i)))
+
+    assert len(ledger) == 10
+    assert ledger.find(ID + 14) is None
+    assert ledger.find(ID + 15) is not None
+    ledger.add(entry(25, seen=121.0))
+    assert ledger.find(ID + 20) is None
+    assert ledger.find(ID + 21) is not None
+
+
+def test_the_ledger_tells_forgotten_from_never_made() -> None:
+    """A prediction that was dropped is expired, one that was never made is unknown."""
+    ledger = Ledger(max_bytes=2 * entry(0).n_bytes, max_age_s=100)
+    for i in range(5):
+        ledger.add(entry(i))
+
+    assert ledger.why_missing(ID) == "expired"
+    assert ledger.why_missing(ID + 99) == "unknown"
+    assert ledger.why_missing(7) == "unknown"
+
+
+def test_a_label_never_changes_sides(tmp_path: Path) -> None:
+    """Fit and gate share no label, about in the configured proportion, and the split survives a restart."""
+    buffer = LabelBuffer(tmp_path / "l.sqlite", 5000, 0.6, (4, 4, 3))
+    buffer.add([labelled(i) for i in range(1000)])
+    fit = {r.prediction_id for r in buffer.select(0, fit=True)}
+    gate = {r.prediction_id for r in buffer.select(0, fit=False)}
+    buffer.close()
+
+    again = LabelBuffer(tmp_path / "l.sqlite", 5000, 0.6, (4, 4, 3))
+
+    assert not fit & gate
+    assert 540 < len(fit) < 660
+    assert {r.prediction_id for r in again.select(0, fit=True)} == fit == {ID + i for i in range(1000) if fits(ID + i, 0.6)}
+    again.close()
+
+
+def test_the_buffer_keeps_the_newest(tmp_path: Path) -> None:
+    """Beyond its capacity the buffer drops the oldest labels; a corrected label replaces the first."""
+    buffer = LabelBuffer(tmp_path / "l.sqlite", 50, 0.6, (4, 4, 3))
+    for i in range(80):
+        buffer.add([labelled(i)])
+    buffer.add([labelled(79, label=2)])
+
+    rows = buffer.select(0, True) + buffer.select(0, False)
+    assert len(buffer) == 50
+    assert min(r.sequence for r in rows) == 30
+    assert next(r.label for r in rows if r.sequence == 79) == 2
+    assert buffer.outcomes(70, version=0) == (10, 1)
+    buffer.close()
+
+
+WRITER = """
+import sys
+import numpy as np
+from pathlib import Path
+from tests.daemon.test_memory import labelled
+from tta.daemon.labels import LabelBuffer
+buffer = LabelBuffer(Path(sys.argv[1]), 5000, 0.6, (4, 4, 3))
+for i in range(10**6):
+    buffer.add([labelled(i)])
+    print(i, flush=True)
+"""
+
+
+def test_an_acknowledged_label_survives_kill_9(tmp_path: Path) -> None:
+    """Every label acknowledged before the process was killed is in the buffer afterwards."""
+    path = tmp_path / "l.sqlite"
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        acknowledged = [int(next(writer.stdout)) for _ in range(40)]
+        os.kill(writer.pid, signal.SIGKILL)
+        acknowledged += [int(line) for line in writer.stdout]
+
+    buffer = LabelBuffer(path, 5000, 0.6, (4, 4, 3))
+    have = {r.sequence for r in buffer.select(0, True) + buffer.select(0, False)}
+    assert set(acknowledged) <= have
+    buffer.close()
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    """A damaged label buffer says which file and what to do."""
+    path = tmp_path / "l.sqlite"
+    path.write_bytes(b"not a database at all" * 100)
+
+    with pytest.raises(ConfigError, match=r"l\.sqlite.*move it away"):
+        LabelBuffer(path, 50, 0.6, (4, 4, 3))
+
+
+def delta() -> tuple[bytes, bytes]:
+    return save({"a": np.zeros(2, np.float32)}), save({"x": np.zeros(1), "logits": np.zeros(1)})
+
+
+def test_a_version_that_does_not_verify_is_not_served(tmp_path: Path) -> None:
+    """After a file is damaged the newest version that verifies is the source."""
+    store = Store(tmp_path, "hash")
+    version = store.write(*delta(), "block1", "source", 0.0, {}, {"outcome": "accepted"})
+    assert store.newest(version) == version == 1
+
+    (tmp_path / "versions" / "000001" / "delta.safetensors").write_bytes(b"\0" * 80)
+
+    assert store.newest(version) == 0
+
+
+def test_a_version_of_another_bundle_is_not_served(tmp_path: Path) -> None:
+    """A version made for another model is never taken."""
+    version = Store(tmp_path, "one").write(*delta(), "head", "source", 0.0, {}, {})
+
+    assert Store(tmp_path, "two").newest(version) == 0
+
+
+def test_a_number_is_never_used_again(tmp_path: Path) -> None:
+    """A discarded candidate's number is not given to the next version."""
+    store = Store(tmp_path, "hash")
+    first = store.write(*delta(), "head", "source", 0.0, {}, {})
+    store.discard(first)
+
+    second = store.write(*delta(), "head", "source", 0.0, {}, {})
+
+    assert (first, second) == (1, 2)
+    assert store.numbers() == [0, 2]
+    with pytest.raises(NotFoundError, match="there are 0, 2"):
+        store.folder(first)
+
+
+def test_candidates_left_by_a_crash_are_dropped(tmp_path: Path) -> None:
+    """At a restart what the gate never accepted goes, what it did stays."""
+    store = Store(tmp_path, "hash")
+    good = store.write(*delta(), "head", "source", 0.0, {}, {"outcome": "accepted"})
+    store.write(*delta(), "head", "source", 0.0, {}, {})
+
+    store.discard_candidates(keep=0)
+
+    assert store.numbers() == [0, good]
+
+
+def test_damaged_state_says_what_to_do(tmp_path: Path) -> None:
+    """A truncated state.json is an error naming the file, not a silent fresh start."""
+    store = Store(tmp_path, "hash")
+    store.save_state({"state": "stable"})
+    (tmp_path / "state.json").write_bytes(b'{"state": "sta')
+
+    with pytest.raises(ConfigError, match=r"state\.json is damaged"):
+        store.load_state()
+
+
+def test_the_library_survives_and_forgets_the_least_used(tmp_path: Path) -> None:
+    """Regimes come back from disk as they were; beyond the capacity the least recently used goes, never home."""
+    rng = np.random.default_rng(0)
+
+    def regime(mean: float):
+        return fingerprint(rng.normal(mean, 1, (200, 6)), np.zeros(200, np.int64))
+
+    library = Library(tmp_path, regime(0), 0.9, capacity=2)
+    for i, mean in enumerate((3.0, -3.0, 6.0)):
+        library.add(i + 1, "input", 0.8, regime(mean), sequence=i)
+
+    again = Library(tmp_path, regime(0), 0.9, capacity=2)
+
+    assert set(again.regimes) == {HOME, 2, 3}
+    found = again.recognise(rng.normal(-3, 1, (48, 6)))
+    assert found is not None
+    assert (found.number, found.version) == (2, 2)
+    assert json.loads((tmp_path / "library.json").read_text())[0]["kind"] == "input"

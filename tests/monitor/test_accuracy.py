@@ -1,0 +1,69 @@
+"""Tests on labels: their bounds hold, and they find what is there."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tta.monitor.accuracy import ErrorDetector, PairedTest, binomial_tail, paired_p_value
+
+
+def test_false_alarms_stay_under_the_bound() -> None:
+    """With errors at the null rate, alarms come less often than once in `arl` labels."""
+    rng = np.random.default_rng(0)
+    alarms = labels = 0
+    for _ in range(40):
+        detector = ErrorDetector(0.1, arl=1000)
+        for error in rng.random(2000) < 0.1:
+            detector.update(bool(error))
+            labels += 1
+            if detector.drift_detected:
+                alarms += 1
+                detector.reset()
+
+    assert labels / max(alarms, 1) > 1000
+
+
+def test_a_rise_of_errors_is_found_and_dated() -> None:
+    """Errors up from 5 % to 40 % alarm within 60 labels, and the onset is put near the change."""
+    rng = np.random.default_rng(1)
+    detector = ErrorDetector(0.1, arl=2000)
+    for error in rng.random(300) < 0.05:
+        detector.update(bool(error))
+    taken = 0
+    while not detector.drift_detected and taken < 60:
+        detector.update(bool(rng.random() < 0.4))
+        taken += 1
+
+    assert detector.drift_detected
+    assert detector.labels_since_onset <= taken + 10
+
+
+def test_a_worse_version_is_noticed_and_an_equal_one_is_not() -> None:
+    """The paired test disagrees when the previous version is right more often, and rarely otherwise."""
+    rng = np.random.default_rng(2)
+
+    def disagrees(p_new_only: float, seed_draws: int) -> bool:
+        test = PairedTest(alpha=0.05)
+        for _ in range(seed_draws):
+            new = rng.random() < p_new_only
+            test.update(new, not new)
+            if test.disagrees:
+                return True
+        return False
+
+    assert sum(disagrees(0.2, 60) for _ in range(50)) >= 45
+    assert sum(disagrees(0.5, 60) for _ in range(200)) <= 16
+
+
+@pytest.mark.parametrize(("k", "n", "p"), [(0, 5, 0.5), (3, 5, 0.5), (5, 5, 0.5), (9, 60, 0.1), (40, 50, 0.7)])
+def test_the_binomial_tail_is_exact(k: int, n: int, p: float) -> None:
+    """The tail equals the sum of the binomial probabilities."""
+    expected = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+
+    assert binomial_tail(k, n, p) == pytest.approx(expected, rel=1e-10)
+
+
+def test_four_labels_cannot_pass_a_five_percent_test() -> None:
+    """Winning all of four labels has p = 1/16, which is not below 5 %."""
+    assert paired_p_value([True] * 4, [False] * 4) == pytest.approx(1 / 16)

@@ -1,0 +1,199 @@
+"""One server process on real sockets: hostile frames, limits, signals."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from tta import protocol
+from tta.client import Client
+from tta.errors import Code, DeadlineError, InputError, OverloadedError
+from tta.scenario import free_ports
+from tta.server.options import ServerOptions
+
+
+@pytest.fixture
+def options(bundle_path: Path, tmp_path: Path) -> ServerOptions:
+    """A server that holds at most 64 images."""
+    return ServerOptions(
+        bundle=str(bundle_path),
+        version_folder=None,
+        endpoint=f"tcp://127.0.0.1:{free_ports(1)[0]}",
+        admin=f"ipc://{tmp_path}/admin.ipc",
+        observe=f"ipc://{tmp_path}/observe.ipc",
+        device="cpu",
+        threads=1,
+        max_batch_size=16,
+        max_wait_s=0.0,
+        queue_images=64,
+        max_message_bytes=1 << 20,
+        input_sample_rate=1.0,
+        observation_queue=8,
+        drain_s=5.0,
+    )
+
+
+def launch(options: ServerOptions, folder: Path) -> subprocess.Popen:
+    """Start a server process."""
+    path = folder / "server.json"
+    path.write_bytes(msgspec.json.encode(options))
+    with (folder / "server.log").open("wb") as log:
+        return subprocess.Popen([sys.executable, "-m", "tta.server", str(path)], stderr=log)
+
+
+@pytest.fixture
+def server(options: ServerOptions, tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """The same, answering."""
+    process = launch(options, tmp_path)
+    with Client(options.endpoint, timeout_s=30) as client:
+        assert client.ready()
+    yield process
+    process.kill()
+    process.wait()
+
+
+def exchange(endpoint: str, frames: list[bytes]) -> dict:
+    """Send raw frames and read one reply's header."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(endpoint)
+        socket.send_multipart(frames)
+        assert socket.poll(10_000), "no reply"
+        return msgspec.msgpack.decode(socket.recv_multipart()[0])
+
+
+def test_bad_frames_are_answered_with_a_code_and_harm_nobody(
+    server: subprocess.Popen, options: ServerOptions, stream: tuple
+) -> None:
+    """Malformed frames, another version, a wrong shape or dtype each get INVALID_ARGUMENT and serving goes on."""
+    good = {"v": 1, "op": "predict", "id": 5, "dtype": "uint8", "shape": [1, 32, 32, 3]}
+    payload = bytes(32 * 32 * 3)
+    encode = msgspec.msgpack.encode
+    for frames in (
+        [b"\xc1 garbage"],
+        [b""],
+        [encode(good)],
+        [encode(good), payload[:-1]],
+        [encode(good), payload, b"more"],
+        [encode({**good, "v": 2}), payload],
+        [encode({**good, "dtype": "float32"}), payload],
+        [encode({**good, "shape": [1, 3, 32, 32]}), payload],
+        [encode({**good, "shape": [1 << 40, 32, 32, 3]}), payload],
+        [encode({**good, "op": "destroy"}), payload],
+    ):
+        reply = exchange(options.endpoint, frames)
+        assert reply["code"] == Code.INVALID_ARGUMENT, frames[0][:40]
+        assert reply["error"]
+
+    with Client(options.endpoint) as client:
+        assert client.predict(stream[0][:3]).logits.shape == (3, 10)
+
+
+def test_replies_carry_the_rows_of_their_request(
+    server: subprocess.Popen, options: ServerOptions, stream: tuple
+) -> None:
+    """Requests of mixed sizes in flight together each get their own images' logits and consecutive ids."""
+    x = stream[0]
+    with Client(options.endpoint) as client:
+        alone = client.predict(x[:16]).logits
+        sizes = [1, 3, 7, 2, 1, 5]
+        ids, start = {}, 0
+        for size in sizes:
+            ids[client.submit(x[start : start + size])] = (start, size)
+            start += size
+            if start > 11:
+                start = 0
+        seen = []
+        while len(seen) < len(sizes):
+            for request, answer in client.results(5.0):
+                first, size = ids[request]
+                expected = np.concatenate([alone])[first : first + size]
+                assert np.array_equal(answer.logits[: len(expected)], expected)
+                seen += [answer]
+    taken = sorted(i for a in seen for i in a.prediction_ids)
+    assert len(set(taken)) == sum(sizes)
+
+
+def test_more_than_the_queue_holds_is_refused_at_once(
+    server: subprocess.Popen, options: ServerOptions, stream: tuple
+) -> None:
+    """A request larger than the queue is refused with RESOURCE_EXHAUSTED and a hint when to retry."""
+    with Client(options.endpoint) as client, pytest.raises(OverloadedError) as caught:
+        client.predict(stream[0][:65])
+
+    assert caught.value.retry_after_s is not None
+
+
+def test_a_deadline_in_the_past_is_not_computed(
+    server: subprocess.Popen, options: ServerOptions, stream: tuple
+) -> None:
+    """A request whose deadline has passed is answered with DEADLINE_EXCEEDED."""
+    with Client(options.endpoint) as client, pytest.raises(DeadlineError):
+        client.predict(stream[0][:1], deadline_s=-1.0)
+
+
+def test_sigterm_finishes_what_was_admitted(
+    server: subprocess.Popen, options: ServerOptions, stream: tuple
+) -> None:
+    """After SIGTERM every admitted request is answered and the exit status is 0."""
+    with Client(options.endpoint) as client:
+        requests = {client.submit(stream[0][i : i + 1]) for i in range(50)}
+        first = next(iter(client.results(5.0)))
+        server.send_signal(signal.SIGTERM)
+        answered = {first[0]}
+        while len(answered) < 50:
+            got = list(client.results(5.0))
+            assert got, f"{50 - len(answered)} requests unanswered"
+            answered |= {request for request, _ in got}
+
+    assert answered == requests
+    assert server.wait(10) == 0
+
+
+def test_a_port_in_use_is_a_clear_error(server: subprocess.Popen, options: ServerOptions, tmp_path: Path) -> None:
+    """A second server on the same port ends with status 2 and names the endpoint."""
+    other = tmp_path / "other"
+    other.mkdir()
+    second = launch(msgspec.structs.replace(options, admin=f"ipc://{other}/admin.ipc"), other)
+
+    assert second.wait(60) == 2
+    assert options.endpoint in json.loads((other / "server.log").read_text().splitlines()[-1])["endpoint"]
+
+
+def test_a_client_that_does_not_read_is_counted_and_hurts_nobody(
+    server: subprocess.Popen, options: ServerOptions, stream: tuple
+) -> None:
+    """While one client sends and never reads, another is answered."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as deaf:
+        deaf.setsockopt(zmq.LINGER, 0)
+        deaf.setsockopt(zmq.RCVHWM, 1)
+        deaf.connect(options.endpoint)
+        frames = protocol.encode(protocol.Predict(id=1, dtype="uint8", shape=[1, 32, 32, 3]), stream[0][:1])
+        for _ in range(300):
+            deaf.send_multipart(frames)
+        with Client(options.endpoint) as client:
+            assert client.predict(stream[0][:1]).logits.shape == (1, 10)
+
+
+def test_the_observation_queue_never_blocks_predictions(
+    server: subprocess.Popen, options: ServerOptions, stream: tuple
+) -> None:
+    """With nobody taking observations, predictions go on."""
+    with Client(options.endpoint) as client:
+        for _ in range(40):
+            assert client.predict(stream[0][:8]).version == 0
+
+
+def test_the_server_needs_no_torch(server: subprocess.Popen) -> None:
+    """The hot process has not loaded torch."""
+    maps = Path(f"/proc/{server.pid}/maps").read_text()
+
+    assert "onnxruntime" in maps
+    assert "libtorch" not in maps
