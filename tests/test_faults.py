@@ -1,0 +1,134 @@
+"""kill -9 of each process in the middle of an adaptation under load: nothing promised is lost."""
+
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from tests.traffic import Traffic, status
+from tests.waiting import until
+from tta.packaging.digits import corrupt, digits
+from tta.scenario import DaemonProcess
+from tta.versions import VersionManifest
+
+
+def promoted(daemon: DaemonProcess) -> set[int]:
+    """Versions the gate accepted, and the source."""
+    found = {0}
+    for path in (daemon.folder / "state" / "versions").glob("*/manifest.json"):
+        manifest = msgspec.json.decode(path.read_bytes(), type=VersionManifest)
+        if manifest.verdict.get("outcome") == "accepted":
+            found.add(manifest.version)
+    return found
+
+
+def labels_on_disk(daemon: DaemonProcess) -> set[int]:
+    """Prediction ids in the buffer."""
+    with sqlite3.connect(daemon.folder / "state" / "labels.sqlite") as db:
+        return {row[0] for row in db.execute("SELECT prediction_id FROM labels")}
+
+
+@pytest.mark.parametrize("victim", ["server", "shadow", "adapter", "daemon"])
+def test_kill_9_in_the_middle_of_an_adaptation(start_daemon: Callable[..., DaemonProcess], victim: str) -> None:
+    """The loop goes on to cure the shift, only promoted versions answer, and no acknowledged label is missing."""
+    x, y = digits("stream", 1200, seed=11)
+    # Many epochs, so that the adaptation is still under way when the process dies.
+    daemon = start_daemon(**{"adapt.epochs": 60})
+    traffic = Traffic(daemon, x, y)
+    traffic.start()
+    try:
+        until(lambda: traffic.answered > 100, "clean traffic")
+        traffic.show(corrupt(x, "noise", 1), y)
+        during = until(
+            lambda: (s := status(daemon)) and s["state"] == "adapting" and s["adapter"] and s, "an adaptation", 120
+        )
+
+        pid = daemon.process.pid if victim == "daemon" else during["processes"][victim]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        if victim == "daemon":
+            daemon.process.wait()
+            answered = traffic.answered
+            until(lambda: traffic.answered > answered + 50, "answers without a daemon")
+            daemon.start()
+
+        after = until(
+            lambda: (s := status(daemon)) and s["state"] == "stable" and s["version"] > 0 and s, "the cure", 120
+        )
+        answered = traffic.answered
+        until(lambda: traffic.answered > answered + 50, "answers after the cure")
+    finally:
+        traffic.stop()
+
+    assert traffic.failure is None
+    assert traffic.versions <= promoted(daemon)
+    assert traffic.acknowledged <= labels_on_disk(daemon)
+    assert len(traffic.acknowledged) >= 96
+    if victim == "daemon":
+        assert after["processes"]["server"]["pid"] == during["processes"]["server"]["pid"]
+    elif victim != "adapter":
+        assert after["processes"][victim]["restarts"] == 1
+        assert after["processes"][victim]["pid"] != pid
+    assert any(e["event"] == "process_died" and e["process"] == victim for e in during["events"] + after["events"]) or victim == "daemon"
+
+
+def test_a_restart_resumes_version_labels_and_state(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """After SIGTERM and a new start the cured version serves, with the same labels, regimes and place in the stream."""
+    x, y = digits("stream", 1200, seed=12)
+    daemon = start_daemon()
+    traffic = Traffic(daemon, corrupt(x, "noise", 2), y)
+    traffic.start()
+    try:
+        before = until(
+            lambda: (s := status(daemon)) and s["state"] == "stable" and s["version"] > 0 and s, "a cured shift", 120
+        )
+    finally:
+        traffic.stop()
+    before = status(daemon)
+
+    assert daemon.stop() == 0
+    daemon.start()
+    after = status(daemon)
+
+    for key in ("version", "state", "regime", "regimes", "labels_buffered"):
+        assert after[key] == before[key], key
+    assert after["samples"] >= before["samples"]
+    with daemon.client() as client:
+        assert client.predict(x[:1]).version == before["version"]
+
+
+def test_a_damaged_version_falls_back_to_the_source(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """If the serving version's file is zeroed while the daemon is down, the source serves and the log says so."""
+    x, y = digits("stream", 1200, seed=13)
+    daemon = start_daemon()
+    traffic = Traffic(daemon, corrupt(x, "noise", 3), y)
+    traffic.start()
+    try:
+        cured = until(lambda: (s := status(daemon)) and s["version"] > 0 and s, "a cured shift", 120)
+    finally:
+        traffic.stop()
+    assert daemon.stop() == 0
+    delta = daemon.folder / "state" / "versions" / f"{cured['version']:06d}" / "delta.safetensors"
+    delta.write_bytes(bytes(delta.stat().st_size))
+
+    daemon.start()
+
+    assert status(daemon)["version"] == 0
+    assert "version_lost" in daemon.log_path.read_text()
+    with daemon.client() as client:
+        assert client.predict(x[:1]).version == 0
+
+
+def test_two_daemons_cannot_share_a_state_folder(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """A second daemon on the same state folder ends with a message and leaves the first serving."""
+    from tta.errors import UnavailableError
+
+    first = start_daemon()
+    second = DaemonProcess(first.argv[4], first.folder, {})
+
+    with pytest.raises(UnavailableError, match="in use by another daemon"):
+        second.start()
+
+    assert status(first)["state"] == "stable"
