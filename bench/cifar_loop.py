@@ -86,7 +86,11 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "cifar_loop.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / "cifar_loop.md").write_text(table(result))
-    draw_timeline(scenario, arguments.out / "cifar_loop.png", "CIFAR-10, ResNet-20: the daemon through noise and contrast")
+    draw_timeline(
+        scenario,
+        arguments.out / "cifar_loop.png",
+        "CIFAR-10, ResNet-20: the daemon through noise and contrast",
+    )
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
@@ -108,7 +112,10 @@ def table(result: dict) -> str:
         cells = [
             p["name"],
             p["alarm_after_samples"],
-            *(None if p[k] is None else round(100 * p[k], 1) for k in ("accuracy_source", "accuracy_before", "accuracy_after")),
+            *(
+                None if p[k] is None else round(100 * p[k], 1)
+                for k in ("accuracy_source", "accuracy_before", "accuracy_after")
+            ),
             p["images_after"] or None,
             p["block"] or None,
             f"{p['version']}{' (library)' if p['from_library'] and p['version'] else ''}",

@@ -38,7 +38,9 @@ class ResNet20(nn.Module):
 
     @staticmethod
     def _stage(n_in: int, n_out: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(BasicBlock(n_in, n_out, stride), BasicBlock(n_out, n_out, 1), BasicBlock(n_out, n_out, 1))
+        return nn.Sequential(
+            BasicBlock(n_in, n_out, stride), BasicBlock(n_out, n_out, 1), BasicBlock(n_out, n_out, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))

@@ -23,7 +23,9 @@ def test_a_directory_and_a_zip_are_the_same_bundle(bundle: Bundle, unpacked: Pat
     assert load_bundle(unpacked).sha256 == bundle.sha256
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors", "reference.safetensors", "anchor.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "weights.safetensors", "reference.safetensors", "anchor.safetensors"]
+)
 def test_one_flipped_bit_is_noticed(unpacked: Path, name: str) -> None:
     """A single changed bit in any file is refused with the file's name."""
     data = bytearray((unpacked / name).read_bytes())

@@ -23,7 +23,11 @@ from tta.scenario import DaemonProcess
 def tta(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command."""
     return subprocess.run(
-        [sys.executable, "-m", "tta", *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=cwd
+        [sys.executable, "-m", "tta", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
     )
 
 
@@ -104,7 +108,7 @@ def test_labels_nobody_can_place(daemon: DaemonProcess) -> None:
 
 
 def test_operations_out_of_place(daemon: DaemonProcess) -> None:
-    """Rollback without a version before, approve without a proposal, adapt without labels: refused with the reason."""
+    """Rollback without a version before, approve without a proposal, adapt without labels are refused."""
     for arguments, text in (
         (("rollback",), "nothing to roll back to"),
         (("rollback", "7"), "no version 7"),

@@ -43,7 +43,9 @@ def test_kill_9_in_the_middle_of_an_adaptation(start_daemon: Callable[..., Daemo
         until(lambda: traffic.answered > 100, "clean traffic")
         traffic.show(corrupt(x, "noise", 1), y)
         during = until(
-            lambda: (s := status(daemon)) and s["state"] == "adapting" and s["adapter"] and s, "an adaptation", 120
+            lambda: (s := status(daemon)) and s["state"] == "adapting" and s["adapter"] and s,
+            "an adaptation",
+            120,
         )
 
         pid = daemon.process.pid if victim == "daemon" else during["processes"][victim]["pid"]
@@ -55,7 +57,9 @@ def test_kill_9_in_the_middle_of_an_adaptation(start_daemon: Callable[..., Daemo
             daemon.start()
 
         after = until(
-            lambda: (s := status(daemon)) and s["state"] == "stable" and s["version"] > 0 and s, "the cure", 120
+            lambda: (s := status(daemon)) and s["state"] == "stable" and s["version"] > 0 and s,
+            "the cure",
+            120,
         )
         answered = traffic.answered
         until(lambda: traffic.answered > answered + 50, "answers after the cure")
@@ -71,18 +75,23 @@ def test_kill_9_in_the_middle_of_an_adaptation(start_daemon: Callable[..., Daemo
     elif victim != "adapter":
         assert after["processes"][victim]["restarts"] == 1
         assert after["processes"][victim]["pid"] != pid
-    assert any(e["event"] == "process_died" and e["process"] == victim for e in during["events"] + after["events"]) or victim == "daemon"
+    assert (
+        any(e["event"] == "process_died" and e["process"] == victim for e in during["events"] + after["events"])
+        or victim == "daemon"
+    )
 
 
 def test_a_restart_resumes_version_labels_and_state(start_daemon: Callable[..., DaemonProcess]) -> None:
-    """After SIGTERM and a new start the cured version serves, with the same labels, regimes and place in the stream."""
+    """After SIGTERM and a new start the cured version serves, with the same labels and regimes."""
     x, y = digits("stream", 1200, seed=12)
     daemon = start_daemon()
     traffic = Traffic(daemon, corrupt(x, "noise", 2), y)
     traffic.start()
     try:
         before = until(
-            lambda: (s := status(daemon)) and s["state"] == "stable" and s["version"] > 0 and s, "a cured shift", 120
+            lambda: (s := status(daemon)) and s["state"] == "stable" and s["version"] > 0 and s,
+            "a cured shift",
+            120,
         )
     finally:
         traffic.stop()

@@ -16,14 +16,18 @@ def test_a_predict_request_has_these_bytes() -> None:
 
     frames = protocol.encode(protocol.Predict(id=7, dtype="uint8", shape=list(x.shape)), x)
 
-    assert frames[0] == bytes.fromhex("84" "a26f70" "a770726564696374" "a26964" "07" "a56474797065" "a575696e7438" "a57368617065" "9401040403")
+    assert frames[0] == bytes.fromhex(
+        "84a26f70a770726564696374a2696407a56474797065a575696e7438a573686170659401040403"
+    )
     assert frames[1] == bytes(range(48))
 
 
 def test_images_come_back_as_sent() -> None:
     """Decoding a predict request gives the images without copying them."""
     x = np.arange(96, dtype=np.uint8).reshape(2, *SHAPE)
-    frames = protocol.encode(protocol.Predict(id=1, dtype="uint8", shape=[2, *SHAPE], deadline_s=0.5, key="cam"), x)
+    frames = protocol.encode(
+        protocol.Predict(id=1, dtype="uint8", shape=[2, *SHAPE], deadline_s=0.5, key="cam"), x
+    )
 
     request = protocol.decode_data(frames)
 
@@ -50,7 +54,10 @@ def test_every_truncation_is_a_protocol_error() -> None:
         ([msgspec.msgpack.encode({"v": 2, "op": "predict", "id": 1})], "protocol version 2"),
         ([msgspec.msgpack.encode({"v": 1, "op": "explode", "id": 1})], "explode"),
         ([msgspec.msgpack.encode([1, 2])], "not a request"),
-        ([msgspec.msgpack.encode({"v": 1, "op": "predict", "id": 1, "dtype": "uint8", "shape": "big"})], "not a request"),
+        (
+            [msgspec.msgpack.encode({"v": 1, "op": "predict", "id": 1, "dtype": "uint8", "shape": "big"})],
+            "not a request",
+        ),
     ],
 )
 def test_what_is_no_request_is_named(frames: list[bytes], text: str) -> None:

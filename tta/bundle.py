@@ -162,7 +162,9 @@ def _read(root: Path, name: str) -> bytes:
         with zipfile.ZipFile(root) as archive:
             return archive.read(name)
     except FileNotFoundError as error:
-        raise BundleError(f"{root}: {name if root.exists() else 'no bundle'} not found: see `tta package`") from error
+        raise BundleError(
+            f"{root}: {name if root.exists() else 'no bundle'} not found: see `tta package`"
+        ) from error
     except (KeyError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise BundleError(f"{root}: {name} cannot be read ({error}): copy or package the bundle again") from error
 

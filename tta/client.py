@@ -49,7 +49,8 @@ class Prediction:
     @property
     def classes(self) -> npt.NDArray[np.int64]:
         """(N,) index of the largest logit of each image."""
-        return self.logits.argmax(axis=1)
+        classes: npt.NDArray[np.int64] = self.logits.argmax(axis=1)
+        return classes
 
     @property
     def prediction_ids(self) -> list[int]:
@@ -69,7 +70,12 @@ def _prediction(frames: list[bytes]) -> Prediction:
     header, payload = _checked(frames)
     logits = np.frombuffer(payload[0], "<f4").reshape(header["shape"])
     return Prediction(
-        header["id"], logits, header["version"], header["prediction_id"], header["queue_s"], header["compute_s"]
+        header["id"],
+        logits,
+        header["version"],
+        header["prediction_id"],
+        header["queue_s"],
+        header["compute_s"],
     )
 
 
@@ -286,7 +292,9 @@ class AsyncClient:
     async def predict(self, x: Images, deadline_s: float | None = None, key: str | None = None) -> Prediction:
         """Classify images; see `Client.predict`."""
         request_id = next(self._ids)
-        return _prediction(await self._exchange("data", request_id, _predict_frames(request_id, x, deadline_s, key)))
+        return _prediction(
+            await self._exchange("data", request_id, _predict_frames(request_id, x, deadline_s, key))
+        )
 
     async def label(
         self,

@@ -20,7 +20,6 @@ from pydantic_settings import (
 
 from tta.errors import ConfigError
 
-
 # YAML 1.1 reads a bare `off` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
 
@@ -41,7 +40,9 @@ class ServerConfig(Section):
     queue_images: int = Field(1024, ge=1, description="images queued at most; more are refused")
     max_message_bytes: int = Field(64 << 20, ge=1024, description="largest message taken, bytes")
     input_sample_rate: float = Field(1.0, ge=0, le=1, description="share of batches whose images the daemon keeps")
-    observation_queue: int = Field(256, ge=1, description="batches queued for the daemon; more are dropped, counted")
+    observation_queue: int = Field(
+        256, ge=1, description="batches queued for the daemon; more are dropped, counted"
+    )
     drain_s: float = Field(10.0, ge=0, description="seconds to finish admitted requests at shutdown")
 
 
@@ -84,7 +85,9 @@ class AdaptConfig(Section):
     learning_rates: tuple[float, ...] = Field((1e-3, 3e-3), min_length=1, description="of blocks before the head")
     head_learning_rates: tuple[float, ...] = Field((1e-2, 1e-1), min_length=1, description="of the head")
     window: int = Field(1500, ge=64, description="unlabelled images to re-estimate normalisation from")
-    augment: tuple[Literal["flip", "crop"], ...] = Field(("flip", "crop"), description="changes that keep the class")
+    augment: tuple[Literal["flip", "crop"], ...] = Field(
+        ("flip", "crop"), description="changes that keep the class"
+    )
     threads: int = Field(1, ge=1, le=256, description="threads of the adapter")
     nice: int = Field(10, ge=0, le=19, description="niceness of adapter and shadow")
     budget_s: float = Field(600.0, gt=0, description="seconds an adaptation may take")
@@ -105,7 +108,9 @@ class LibraryConfig(Section):
     """Regimes remembered."""
 
     capacity: int = Field(32, ge=1, description="regimes kept besides home")
-    recall: Annotated[Literal["immediate", "off"], _Off] = Field("immediate", description="what a recognised regime leads to")
+    recall: Annotated[Literal["immediate", "off"], _Off] = Field(
+        "immediate", description="what a recognised regime leads to"
+    )
 
 
 class Config(BaseSettings):
@@ -118,7 +123,9 @@ class Config(BaseSettings):
     bundle: Path = Field(Path("model.tta"), description="what to serve, made by tta package")
     state: Path = Field(Path("tta-state"), description="folder for versions, labels and state")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="for server, shadow and adapter")
-    mode: Annotated[Literal["off", "propose", "auto"], _Off] = Field("auto", description="watch only; ask before promoting; or act")
+    mode: Annotated[Literal["off", "propose", "auto"], _Off] = Field(
+        "auto", description="watch only; ask before promoting; or act"
+    )
     server: ServerConfig = ServerConfig()
     daemon: DaemonConfig = DaemonConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -148,7 +155,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
 
     Args:
         path: YAML file, or None for defaults.
-        overrides: from the command line, with dotted names: {"server.threads": 2}; values are YAML text or objects.
+        overrides: from the command line, with dotted names: {"server.threads": 2}; YAML text or objects.
 
     Raises:
         ConfigError: unreadable, an unknown key (with the nearest known one), or a value out of range.
@@ -170,7 +177,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
             target = target.setdefault(section, {})
         target[key] = yaml.safe_load(value) if isinstance(value, str) else value
     try:
-        return Config(_file=loaded, **nested)
+        return Config(_file=loaded, **nested)  # type: ignore[call-arg]
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(where, e) for e in error.errors())) from error
 

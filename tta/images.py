@@ -1,6 +1,6 @@
 """Pictures as arrays: folders of class folders, single files, `.npz`. Needs Pillow and numpy only."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def read_labelled(
     path: Path,
     image_shape: Sequence[int],
     resize: str,
-    track: Callable[[Sequence[Path]], Iterator[Path]] = iter,
+    track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
 ) -> tuple[Array, Array, list[str]]:
     """Read a labelled set: a folder with one folder a class, or an `.npz` with `x`, `y` and perhaps `classes`.
 
@@ -104,7 +104,11 @@ def _read_npz(path: Path, image_shape: Sequence[int]) -> tuple[Array, Array, lis
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path} is not an .npz with arrays x and y: {error}") from error
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != tuple(image_shape):
-        raise InputError(f"{path}: expected x of shape (N, {', '.join(map(str, image_shape))}) uint8, got {x.dtype}{x.shape}")
+        raise InputError(
+            f"{path}: expected x of shape (N, {', '.join(map(str, image_shape))}) uint8, got {x.dtype}{x.shape}"
+        )
     if y.shape != (len(x),) or len(x) == 0 or y.min() < 0:
-        raise InputError(f"{path}: y must hold one class index >= 0 for each of {len(x)} images, got shape {y.shape}")
+        raise InputError(
+            f"{path}: y must hold one class index >= 0 for each of {len(x)} images, got shape {y.shape}"
+        )
     return x, y, classes or [str(i) for i in range(int(y.max()) + 1)]

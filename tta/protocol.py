@@ -7,7 +7,7 @@ row-major and unpadded (the rules of KServe v2's raw tensors); their dtype and s
     control socket   label | status | versions | rollback | reset | pause | resume | adapt | approve | ask
 
     predict  → {v:1, op:"predict", id, dtype:"uint8", shape:[N,H,W,C], deadline_s?, key?} + image bytes
-    ←          {v:1, id, code:0, version, prediction_id, credit, queue_s, compute_s, shape:[N,K]} + logits (float32)
+    ←          {v:1, id, code:0, version, prediction_id, credit, queue_s, compute_s, shape:[N,K]} + float32 logits
     error ←    {v:1, id, code, error, retry_after_s?}
 
 `id` is the client's and comes back untouched. `prediction_id` names the first image of the request, the
@@ -146,7 +146,8 @@ def decode_data(frames: Sequence[bytes]) -> DataRequest:
     Raises:
         ProtocolError: the frames are not a request of this protocol version.
     """
-    return _decode(frames, _data)
+    request: DataRequest = _decode(frames, _data)
+    return request
 
 
 def decode_control(frames: Sequence[bytes]) -> ControlRequest:
@@ -155,7 +156,8 @@ def decode_control(frames: Sequence[bytes]) -> ControlRequest:
     Raises:
         ProtocolError: the frames are not a request of this protocol version.
     """
-    return _decode(frames, _control)
+    request: ControlRequest = _decode(frames, _control)
+    return request
 
 
 def _decode(frames: Sequence[bytes], decoder: "msgspec.msgpack.Decoder[_R]") -> _R:

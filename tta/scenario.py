@@ -221,6 +221,7 @@ class Scenario:
         self.errors = 0
         self.outcomes: dict[str, int] = {}
         self.source_logits: Array | None = None  # of every image of every phase, once `report` has run
+        self._began = 0.0
         self._view = view
         self._rng = np.random.default_rng(seed)
         self._by_request: dict[int | str, int] = {}
@@ -230,12 +231,12 @@ class Scenario:
 
     def run(self) -> None:
         """Send everything and collect every answer."""
-        began = time.monotonic()
-        self._now = lambda: time.monotonic() - began
+        self._began = time.monotonic()
         with self.daemon.client() as client:
             looked = 0.0
             next_at = 0.0
-            for self.phase in range(len(self.phases)):
+            for number in range(len(self.phases)):
+                self.phase = number
                 self.starts.append((len(self.sent), self._now()))
                 while not self._phase_done():
                     now = self._now()
@@ -251,6 +252,10 @@ class Scenario:
             while self._by_request and self._now() < end:
                 self._collect(client, 0.1)
             self._look(client)
+
+    def _now(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._began
 
     def _send(self, client: Client, now: float) -> None:
         phase = self.phases[self.phase]
@@ -281,7 +286,7 @@ class Scenario:
                 self._due.append((sent.answered_s + self.label_delay_s, number))
 
     def _label(self, client: Client) -> None:
-        due = []
+        due: list[Sent] = []
         while self._due and self._due[0][0] <= self._now() and len(due) < MAX_LABELS_A_CALL:
             due.append(self.sent[self._due.popleft()[1]])
         if due:
@@ -397,7 +402,9 @@ class Scenario:
             folder = self.daemon.folder / "state" / "versions" / f"{version:06d}" if version else None
             session = predictor.prepare(folder)
             parts = [
-                predictor.run_with(session, p.x[i : i + 64]).logits for p in self.phases for i in range(0, len(p.x), 64)
+                predictor.run_with(session, p.x[i : i + 64]).logits
+                for p in self.phases
+                for i in range(0, len(p.x), 64)
             ]
             result[version] = np.concatenate(parts)
         return result
@@ -414,7 +421,7 @@ class Scenario:
         offset = sum(len(p.x) for p in self.phases[:number])
         free = sorted({s.index for s in mine} - labelled)
         source_right = source_logits[[offset + i for i in free]].argmax(axis=1) == phase.y[free]
-        swap = next(
+        swap: dict[str, Any] = next(
             (
                 e
                 for e in reversed(self.events)
@@ -429,7 +436,7 @@ class Scenario:
         return PhaseReport(
             name=phase.name,
             shift_kind=phase.shift_kind,
-            alarm_after_samples=self._noticed(noticed) - first if noticed else None,
+            alarm_after_samples=self._noticed(noticed) - first + 1 if noticed else None,
             accuracy_source=_mean(source_right.tolist()),
             accuracy_before=self._accuracy(mine[:cure], labelled),
             accuracy_after=self._accuracy(mine[cure:], labelled) if cure is not None else None,
@@ -498,19 +505,25 @@ def draw_timeline(scenario: Scenario, path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, 1, figsize=(11, 7), sharex=True, height_ratios=[3, 2, 1.2], layout="constrained")
+    figure, axes = plt.subplots(
+        3, 1, figsize=(11, 7), sharex=True, height_ratios=[3, 2, 1.2], layout="constrained"
+    )
     kinds = {"none": "#ffffff", "input": "#fde8d7", "output": "#e3e6fb"}
     ends = [first for first, _ in scenario.starts[1:]] + [len(scenario.sent)]
     for (first, _), end, phase in zip(scenario.starts, ends, scenario.phases, strict=True):
         for axis in axes:
             axis.axvspan(first, end, color=kinds[phase.shift_kind], zorder=0)
         axes[0].text((first + end) / 2, 1.04, phase.name, ha="center", va="bottom", fontsize=9)
-    right = np.array([scenario._right(s) if s.logits is not None and not s.labelled else np.nan for s in scenario.sent])
+    right = np.array(
+        [scenario._right(s) if s.logits is not None and not s.labelled else np.nan for s in scenario.sent]
+    )
     if scenario.source_logits is not None:
         classes = scenario.source_logits.argmax(axis=1)
         source = np.array(
             [
-                float(classes[scenario._flat(s)] == scenario.phases[s.phase].y[s.index]) if not s.labelled else np.nan
+                float(classes[scenario._flat(s)] == scenario.phases[s.phase].y[s.index])
+                if not s.labelled
+                else np.nan
                 for s in scenario.sent
             ]
         )
@@ -534,12 +547,18 @@ def draw_timeline(scenario: Scenario, path: Path, title: str) -> None:
     axes[2].set_yticks(sorted({int(v) for v in versions if v == v}))
     axes[2].set_ylabel("version")
     axes[2].set_xlabel("images")
-    marks = {"alarm": ("#b3261e", "alarm"), "swapped": ("#1f6f4a", "swap"), "home_recognised": ("#2457a6", "home")}
+    marks = {
+        "alarm": ("#b3261e", "alarm"),
+        "swapped": ("#1f6f4a", "swap"),
+        "home_recognised": ("#2457a6", "home"),
+    }
     used = set()
     for event in scenario.events:
         if event["event"] in marks:
             colour, text = marks[event["event"]]
-            axes[2].axvline(event["sequence"], color=colour, linewidth=1, alpha=0.7, label=None if text in used else text)
+            axes[2].axvline(
+                event["sequence"], color=colour, linewidth=1, alpha=0.7, label=None if text in used else text
+            )
             used.add(text)
     axes[2].legend(loc="upper left", ncols=3, fontsize=8, frameon=False)
     for axis in axes:

@@ -40,7 +40,9 @@ class VersionManifest(msgspec.Struct, kw_only=True):
     report: dict[str, Any] = {}
 
 
-def load_version(folder: Path) -> tuple[VersionManifest, dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
+def load_version(
+    folder: Path,
+) -> tuple[VersionManifest, dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
     """Read and verify one version.
 
     Returns:

@@ -33,6 +33,7 @@ def blocks(digits_model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def plan(blocks: dict, block: str, lr: float = 3e-3, epochs: int = 2) -> Plan:
+    """A short operation."""
     return Plan(block, blocks[block], lr, epochs, 16, ("crop",), 0)
 
 
@@ -113,7 +114,7 @@ def test_snr_is_over_examples(patient: Patient, blocks: dict) -> None:
 
 
 def test_the_race_cures_noise_and_a_change_of_meaning(patient: Patient, blocks: dict) -> None:
-    """With 128 labels the race lifts noise by at least 10 points, and swapped classes through the head by 20."""
+    """With 128 labels the race lifts noise by at least 20 points, and swapped classes through the head by 20."""
     x, y = digits("stream", 900, seed=6)
     noisy = corrupt(x, "noise", 1)
     source = patient.state()
@@ -132,13 +133,20 @@ def test_the_race_cures_noise_and_a_change_of_meaning(patient: Patient, blocks: 
     after_noise = accuracy(noisy[400:], y[400:])
     swapped = torch.from_numpy(meaning[y[:128]]).to(patient.device)
     relabelled = race(
-        patient, {"source": source}, blocks, patient.images(x[:128]), swapped, "head", SETTINGS, lambda *_: None
+        patient,
+        {"source": source},
+        blocks,
+        patient.images(x[:128]),
+        swapped,
+        "head",
+        SETTINGS,
+        lambda *_: None,
     )
     patient.load(relabelled.state)
     after_swap = accuracy(x[400:], meaning[y[400:]])
 
     assert cured.start == "batch-norm"
-    assert after_noise >= before[0] + 0.10
+    assert after_noise >= before[0] + 0.20
     assert relabelled.block == "head"
     assert after_swap >= before[1] + 0.20
 
@@ -175,7 +183,17 @@ def test_a_small_vit_is_operated_on() -> None:
     ("spoil", "text"),
     [
         (lambda s: s.__class__(**{**s.__dict__, "selection": "block9"}), "block9"),
-        (lambda s: s.__class__(**{**s.__dict__, "learning_rates": (0.0,), "head_learning_rates": (0.0,), "selection": "block1"}), "learning rate 0"),
+        (
+            lambda s: s.__class__(
+                **{
+                    **s.__dict__,
+                    "learning_rates": (0.0,),
+                    "head_learning_rates": (0.0,),
+                    "selection": "block1",
+                }
+            ),
+            "learning rate 0",
+        ),
         (lambda s: s.__class__(**{**s.__dict__, "budget_s": 1e-9}), "budget_s"),
     ],
 )
@@ -185,7 +203,16 @@ def test_settings_that_cannot_work_are_refused(patient: Patient, blocks: dict, s
     labels = torch.from_numpy(y).to(patient.device)
 
     with pytest.raises(AdaptationError, match=text):
-        race(patient, {"source": patient.state()}, blocks, patient.images(x), labels, "", spoil(SETTINGS), lambda *_: None)
+        race(
+            patient,
+            {"source": patient.state()},
+            blocks,
+            patient.images(x),
+            labels,
+            "",
+            spoil(SETTINGS),
+            lambda *_: None,
+        )
 
 
 def test_labels_of_one_class_are_refused(patient: Patient, blocks: dict) -> None:
@@ -194,7 +221,16 @@ def test_labels_of_one_class_are_refused(patient: Patient, blocks: dict) -> None
     labels = torch.zeros(20, dtype=torch.int64, device=patient.device)
 
     with pytest.raises(AdaptationError, match="one class"):
-        race(patient, {"source": patient.state()}, blocks, patient.images(x), labels, "", SETTINGS, lambda *_: None)
+        race(
+            patient,
+            {"source": patient.state()},
+            blocks,
+            patient.images(x),
+            labels,
+            "",
+            SETTINGS,
+            lambda *_: None,
+        )
 
 
 def test_an_unknown_augmentation_is_refused() -> None:

@@ -7,6 +7,7 @@ from tta.daemon.gate import judge
 
 
 def correct(n_right: int, n: int) -> list[bool]:
+    """Outcomes on n labels."""
     return [True] * n_right + [False] * (n - n_right)
 
 

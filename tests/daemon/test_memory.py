@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from tta.daemon.labels import Labelled, LabelBuffer, fits
+from tta.daemon.labels import LabelBuffer, Labelled, fits
 from tta.daemon.ledger import Entry, Ledger
 from tta.daemon.library import HOME, Library
 from tta.daemon.store import Store
@@ -22,11 +22,13 @@ ID = 1_700_000_000_000_000
 
 
 def entry(i: int, seen: float = 0.0) -> Entry:
+    """The i-th prediction."""
     x = np.full((4, 4, 3), i % 256, np.uint8)
     return Entry(ID + i, i, 0, np.zeros(3, np.float32), np.zeros(5, np.float32), x, seen)
 
 
 def labelled(i: int, label: int | None = 1) -> Labelled:
+    """The i-th label."""
     return Labelled(ID + i, i, 0, label, 1, np.full((4, 4, 3), i % 256, np.uint8))
 
 
@@ -67,7 +69,11 @@ def test_a_label_never_changes_sides(tmp_path: Path) -> None:
 
     assert not fit & gate
     assert 540 < len(fit) < 660
-    assert {r.prediction_id for r in again.select(0, fit=True)} == fit == {ID + i for i in range(1000) if fits(ID + i, 0.6)}
+    assert (
+        {r.prediction_id for r in again.select(0, fit=True)}
+        == fit
+        == {ID + i for i in range(1000) if fits(ID + i, 0.6)}
+    )
     again.close()
 
 
@@ -124,6 +130,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
 
 
 def delta() -> tuple[bytes, bytes]:
+    """The files of a version."""
     return save({"a": np.zeros(2, np.float32)}), save({"x": np.zeros(1), "logits": np.zeros(1)})
 
 

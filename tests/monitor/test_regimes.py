@@ -10,6 +10,7 @@ D = 20
 
 
 def draw(n: int, mean: float, seed: int) -> np.ndarray:
+    """Features about a mean."""
     return np.random.default_rng(seed).normal(loc=mean, size=(n, D))
 
 

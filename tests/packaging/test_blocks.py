@@ -61,7 +61,7 @@ def randomised(name: str) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES[:6])
 def test_a_family_packages_with_parity(name: str, tmp_path: Path) -> None:
-    """The six families of the promise package by structure: parity holds and every block can be swapped by name."""
+    """The six promised families package by structure: parity holds, and every block can be swapped by name."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (260, 7, 7, 3), np.uint8).repeat(32, 1).repeat(32, 2)
     y = rng.integers(0, 10, 260)
@@ -170,10 +170,19 @@ def test_an_empty_reference_folder_is_named(tmp_path: Path) -> None:
         (lambda x, y: (x[:, :16], y), "expected reference images"),
     ],
 )
-def test_a_reference_that_cannot_work_is_refused(digits_model: nn.Module, tmp_path: Path, spoil, text: str) -> None:
+def test_a_reference_that_cannot_work_is_refused(
+    digits_model: nn.Module, tmp_path: Path, spoil, text: str
+) -> None:
     """One class, blank, too few, mislabelled or misshapen reference images are refused with the reason."""
     rng = np.random.default_rng(0)
     x, y = spoil(rng.integers(0, 256, (300, 32, 32, 3), np.uint8), rng.integers(0, 10, 300))
 
     with pytest.raises(InputError, match=text):
-        package(digits_model, Recipe("d", "timm:resnet18", (32, 32, 3), arl=1000), x, y, list("0123456789"), tmp_path / "b")
+        package(
+            digits_model,
+            Recipe("d", "timm:resnet18", (32, 32, 3), arl=1000),
+            x,
+            y,
+            list("0123456789"),
+            tmp_path / "b",
+        )

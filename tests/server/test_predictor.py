@@ -19,7 +19,10 @@ def write_version(folder: Path, bundle: Bundle, delta: dict, probe_x: np.ndarray
     folder.mkdir()
     save_file({k: np.ascontiguousarray(v) for k, v in delta.items()}, folder / "delta.safetensors")
     save_file({"x": probe_x, "logits": logits.astype(np.float32)}, folder / "probe.safetensors")
-    sha = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("delta.safetensors", "probe.safetensors")}
+    sha = {
+        n: hashlib.sha256((folder / n).read_bytes()).hexdigest()
+        for n in ("delta.safetensors", "probe.safetensors")
+    }
     manifest = {
         "version": 1,
         "bundle_sha256": bundle.sha256,

@@ -14,7 +14,7 @@ import zmq
 
 from tta import protocol
 from tta.client import Client
-from tta.errors import Code, DeadlineError, InputError, OverloadedError
+from tta.errors import Code, DeadlineError, OverloadedError
 from tta.scenario import free_ports
 from tta.server.options import ServerOptions
 

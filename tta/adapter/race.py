@@ -3,7 +3,9 @@
 1. Starts (source, normalisation re-estimated, serving, a remembered version) are scored as they are: no label has
    been fitted yet, so their accuracy on the fit labels is honest.
 2. Blocks are ranked: the diagnosis' first, then by relative gradient norm; the first few compete.
-3. Block × learning rate are compared by stratified k-fold, and the winner is tuned on all fit labels.
+3. Block × learning rate are compared by stratified k-fold. Among those within one standard error of the best the
+   first in rank wins (the one-standard-error rule of Breiman et al., CART, 1984): few labels order blocks badly, and
+   the diagnosis has seen many more samples. The winner is tuned on all fit labels.
 """
 
 from collections.abc import Callable, Mapping
@@ -115,30 +117,35 @@ def race(
             results[plan] = _cross_validate(patient, starts[start], images, y, plan, folds)
         else:
             results[plan] = scores[start]
-    winner = max(results, key=lambda p: results[p])
+    best = max(results.values())
+    winner = next(p for p, accuracy in results.items() if accuracy >= best - _standard_error(best, len(y)))
     if monotonic() - began > settings.budget_s:
         raise AdaptationError(f"adapt.budget_s = {settings.budget_s:g} s is too short for one candidate")
 
     # 4. Fit the winner on all labels, unless the start itself is clearly better. The comparison is unfair to the
-    # winner, which had fewer labels, and the gate compares the two again: so a standard error of doubt is allowed.
+    # winner, which had fewer labels, and the gate compares the two again: so a standard error is allowed here too.
     progress("fit", len(plans), len(plans) + 1)
     patient.load(starts[start])
     block = ""
-    doubt = (max(scores[start] * (1 - scores[start]), 1e-4) / len(y)) ** 0.5
-    if len(plans) == 1 or results[winner] >= scores[start] - doubt:
+    if len(plans) == 1 or results[winner] >= scores[start] - _standard_error(scores[start], len(y)):
         adapt(patient, images, y, winner)
         block = winner.block
     report = {
         "starts": {name: round(score, 4) for name, score in scores.items()},
         "rgn": {name: round(value, 6) for name, value in rgn.items()},
         "race": [
-            {"block": p.block, "learning_rate": p.learning_rate, "accuracy": round(a, 4)} for p, a in results.items()
+            {"block": p.block, "learning_rate": p.learning_rate, "accuracy": round(a, 4)}
+            for p, a in results.items()
         ],
         "n_fit": len(y),
         "seconds": round(monotonic() - began, 3),
     }
     progress("fit", len(plans) + 1, len(plans) + 1)
     return Result(patient.state(), block, start, report)
+
+
+def _standard_error(accuracy: float, n: int) -> float:
+    return float((max(accuracy * (1 - accuracy), 1e-4) / n) ** 0.5)
 
 
 def _competitors(settings: Settings, ranked: list[str], suited: str, blocks: Mapping[str, Any]) -> list[str]:

@@ -48,7 +48,9 @@ class Plan:
 class Patient:
     """The network on the table: its module, its preprocessing, and ways to look at it."""
 
-    def __init__(self, model: nn.Module, head: str, mean: Sequence[float], std: Sequence[float], device: str) -> None:
+    def __init__(
+        self, model: nn.Module, head: str, mean: Sequence[float], std: Sequence[float], device: str
+    ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.head = head
@@ -74,7 +76,7 @@ class Patient:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """(N, K) of images (N, C, H, W) in [0, 1]."""
-        return torch.cat([self.model(self.normalise(b)) for b in images.split(EVAL_BATCH)])
+        return torch.cat([self.model(self.normalise(b)) for b in torch.split(images, EVAL_BATCH)])
 
     def accuracy(self, images: Tensor, y: Tensor) -> float:
         """Share of labels the present weights get right."""
@@ -87,7 +89,7 @@ class Patient:
     @torch.no_grad()
     def estimate_normalisation(self, window: Tensor) -> None:
         """Replace running statistics by those of unlabelled images (N, C, H, W); fixed afterwards."""
-        norms = [m for m in self.model.modules() if _is_batch_norm(m)]
+        norms: list[Any] = [m for m in self.model.modules() if _is_batch_norm(m)]
         momenta = [m.momentum for m in norms]
         for m in norms:
             m.reset_running_stats()
@@ -186,7 +188,7 @@ def _tune_block(patient: Patient, images: Tensor, y: Tensor, plan: Plan, paramet
     augment = augmentation(plan.augment, *images.shape[-2:])
     optimizer, schedule = _optimizer(parameters, plan, len(y))
     for _ in range(plan.epochs):
-        for index in torch.randperm(len(y)).split(plan.batch_size):
+        for index in torch.split(torch.randperm(len(y)), plan.batch_size):
             index = index.to(patient.device)
             views = patient.normalise(augment(images[index]))
             _step(F.cross_entropy(patient.model(views), y[index]), optimizer, schedule)
@@ -209,7 +211,7 @@ def _tune_head(patient: Patient, images: Tensor, y: Tensor, plan: Plan, paramete
     optimizer, schedule = _optimizer(parameters, plan, len(y))
     for _ in range(plan.epochs):
         # As many steps an epoch as any block gets, each over another draw of the views.
-        for index in torch.randperm(len(targets))[: len(y)].split(plan.batch_size):
+        for index in torch.split(torch.randperm(len(targets))[: len(y)], plan.batch_size):
             index = index.to(patient.device)
             _step(F.cross_entropy(head(features[index]), targets[index]), optimizer, schedule)
 

@@ -61,7 +61,7 @@ class Surgeon:
         """
         request = json.loads((folder / "request.json").read_text())
         arrays = load_file(folder / "arrays.safetensors")
-        settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in request["settings"].items()})
+        settings = msgspec.convert(request["settings"], Settings)
         images = self.patient.images(arrays["x_fit"])
         y = torch.from_numpy(arrays["y_fit"]).to(self.patient.device)
         starts = self._starts(request, arrays, progress)
@@ -93,7 +93,10 @@ class Surgeon:
         folder.mkdir()
         delta = delta_of(result.state, self.source)
         in_graph = {t for tensors in self.blocks.values() for t in tensors}
-        save_file({n: np.ascontiguousarray(a) for n, a in delta.items() if n in in_graph}, folder / "delta.safetensors")
+        save_file(
+            {n: np.ascontiguousarray(a) for n, a in delta.items() if n in in_graph},
+            folder / "delta.safetensors",
+        )
         anchor = self.bundle.anchor["x"]
         x = np.ascontiguousarray(anchor[:N_PROBE])
         self.patient.load(result.state)

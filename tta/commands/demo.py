@@ -18,7 +18,7 @@ MAX_LABELS = 200  # a shift
 TRAIN_EPOCHS = 6
 SWAPPED = ((1, 7), (3, 8))  # pairs of digits whose meaning is exchanged
 SETTINGS: dict[str, Any] = {
-    "adapt.labels": 128,
+    "adapt.labels": 160,
     "adapt.retry_labels": 24,
     "adapt.augment": ["crop"],
     "adapt.epochs": 16,
@@ -149,8 +149,8 @@ def print_report(report: "Report") -> None:
         ]
         for p in report.phases
     ]
-    columns = ["phase", "noticed", "source", "before", "after", "version", "block", "labels", "s", "from"]
-    print_table(columns, rows, "accuracy in %; noticed after so many images; s: seconds to recover")
+    columns = ["phase", "noticed", "source", "before", "after", "v", "block", "labels", "s", "from"]
+    print_table(columns, rows, "accuracy in %; noticed: images after the shift; v: version; s: seconds to recover")
     print(
         f"{report.requests} requests, {report.lost} lost, {report.mixed_version_replies} of mixed version; "
         f"{report.alarms_clean} false alarms in clean phases ({report.alarms_clean_expected:.2f} expected), "
@@ -161,13 +161,17 @@ def print_report(report: "Report") -> None:
 
 
 class _View:
-    """The live view: the daemon's status, the phase, accuracy, and what happened; plain lines without a terminal."""
+    """The live view: status, phase, accuracy and events; plain lines where there is no terminal."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.live import Live
 
         self._quiet = quiet
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal and not quiet else None
+        self._live = (
+            Live(console=console, refresh_per_second=4, transient=True)
+            if console.is_terminal and not quiet
+            else None
+        )
         self._printed = 0
 
     def __enter__(self) -> "_View":
@@ -188,14 +192,27 @@ class _View:
         if self._quiet:
             return
         for event in scenario.events[self._printed :]:
-            if event["event"] in ("alarm", "enough_labels", "swapped", "home_recognised", "quiet", "not_accepted"):
+            if event["event"] in (
+                "alarm",
+                "enough_labels",
+                "swapped",
+                "home_recognised",
+                "quiet",
+                "not_accepted",
+            ):
                 known = {"event", "sequence", "time_s", "version", "before", "after", "profile"}
                 detail = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known)
-                console.print(f"{event['sequence']:>7}  {event['event']:<16} {detail[:110]}", markup=False, highlight=False)
+                console.print(
+                    f"{event['sequence']:>7}  {event['event']:<16} {detail[:110]}",
+                    markup=False,
+                    highlight=False,
+                )
         self._printed = len(scenario.events)
         if self._live:
             accuracy = scenario.recent_accuracy()
             phase = scenario.phases[scenario.phase]
             head = f"phase {scenario.phase + 1} of {len(scenario.phases)}: {phase.name}"
-            head += f"   {len(scenario.sent)} images" + (f"   accuracy {100 * accuracy:.0f} %" if accuracy is not None else "")
+            head += f"   {len(scenario.sent)} images" + (
+                f"   accuracy {100 * accuracy:.0f} %" if accuracy is not None else ""
+            )
             self._live.update(Text("\n".join([head, *status_lines(scenario.status, events=0)])))

@@ -11,8 +11,12 @@ from rich.table import Table
 
 from tta.client import DEFAULT_CONTROL, DEFAULT_ENDPOINT
 
-Endpoint = Annotated[str, typer.Option("--endpoint", envvar="TTA_ENDPOINT", help="Where the server takes predictions.")]
-ControlEndpoint = Annotated[str, typer.Option("--control", envvar="TTA_CONTROL", help="Where the daemon takes commands.")]
+Endpoint = Annotated[
+    str, typer.Option("--endpoint", envvar="TTA_ENDPOINT", help="Where the server takes predictions.")
+]
+ControlEndpoint = Annotated[
+    str, typer.Option("--control", envvar="TTA_CONTROL", help="Where the daemon takes commands.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Timeout = Annotated[float, typer.Option("--timeout-s", help="Seconds to wait for an answer.")]
 ENDPOINT, CONTROL = DEFAULT_ENDPOINT, DEFAULT_CONTROL
@@ -28,7 +32,9 @@ def print_json(value: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
     """A table for people."""
-    table = Table(*columns, title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     console.print(table)

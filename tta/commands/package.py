@@ -17,15 +17,24 @@ def register(app: typer.Typer) -> None:
 
 def package(
     source: Annotated[str, typer.Argument(help="timm:NAME, or module:factory that returns an nn.Module.")],
-    reference: Annotated[Path, typer.Option(help="Labelled images: a folder of class folders, or .npz with x and y.")],
+    reference: Annotated[
+        Path, typer.Option(help="Labelled images: a folder of class folders, or .npz with x and y.")
+    ],
     out: Annotated[Path, typer.Option(help="Bundle to write: a directory, or NAME.tta.")],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights: .safetensors, or .pth without code. Without it: random weights.")
+        Path | None,
+        typer.Option(help="Weights: .safetensors, or .pth without code. Without it: random weights."),
     ] = None,
-    kwargs: Annotated[str, typer.Option(help='Arguments of the factory, as JSON: \'{"num_classes": 10}\'.')] = "{}",
-    image_size: Annotated[str | None, typer.Option(help="HxW of the input; default: timm's, else required.")] = None,
+    kwargs: Annotated[
+        str, typer.Option(help="Arguments of the factory, as JSON: '{\"num_classes\": 10}'.")
+    ] = "{}",
+    image_size: Annotated[
+        str | None, typer.Option(help="HxW of the input; default: timm's, else required.")
+    ] = None,
     channels: Annotated[int, typer.Option(min=1, max=4, help="Channels of the input.")] = 3,
-    mean: Annotated[str | None, typer.Option(help="Per-channel mean of values in [0, 1], comma-separated.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Per-channel mean of values in [0, 1], comma-separated.")
+    ] = None,
     std: Annotated[str | None, typer.Option(help="Per-channel standard deviation, comma-separated.")] = None,
     resize: Annotated[str, typer.Option(help="How clients bring pictures to size: crop or stretch.")] = "crop",
     arl: Annotated[float, typer.Option(help="Samples between two false alarms.")] = 20_000.0,
@@ -89,7 +98,9 @@ def package(
             }
         )
         return
-    print(f"{out}: {m.name}, {m.n_classes} classes, {len(m.blocks)} blocks ({', '.join(b.name for b in m.blocks)})")
+    print(
+        f"{out}: {m.name}, {m.n_classes} classes, {len(m.blocks)} blocks ({', '.join(b.name for b in m.blocks)})"
+    )
     print(f"  reference  {m.n_reference} images, accuracy {100 * m.reference_accuracy:.1f} %")
     print(f"  parity     max difference {m.parity['max_difference']:.2g} on {m.parity['n_images']:.0f} images")
     print(f"  thresholds one false alarm in {m.arl:g} samples (estimated {realised:.0f})")
@@ -103,9 +114,9 @@ def _preprocessing(
     """Input shape (H, W, C), mean and std: from the flags, else from timm."""
     config: dict[str, Any] = {}
     if source.startswith("timm:"):
-        from timm.data import resolve_model_data_config
+        from tta.packaging.source import timm_preprocessing
 
-        config = resolve_model_data_config(model)
+        config = timm_preprocessing(model)
         channels = config["input_size"][0]
     elif image_size is None:
         raise ConfigError("--image-size HxW is required for a model that is not timm's")

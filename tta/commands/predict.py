@@ -53,5 +53,7 @@ def predict(
     if as_json:
         print_json(rows)
     else:
-        print_table(["file", "class", "confidence", "prediction id", "version"],
-                    [[r["file"], r["class"], r["confidence"], r["prediction_id"], r["version"]] for r in rows])
+        print_table(
+            ["file", "class", "confidence", "prediction id", "version"],
+            [[r["file"], r["class"], r["confidence"], r["prediction_id"], r["version"]] for r in rows],
+        )

@@ -54,6 +54,8 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
     lines.append(f"  processes  {up}")
     for event in now["events"][-events:] if events else []:
         known = {"event", "sequence", "time_s", "version", "before", "after"}
-        detail = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known and not isinstance(v, dict | list))
+        detail = ", ".join(
+            f"{k} {v}" for k, v in event.items() if k not in known and not isinstance(v, dict | list)
+        )
         lines.append(f"  {event['sequence']:>9}  {event['event']}: {detail[:100]}")
     return lines

@@ -77,7 +77,10 @@ class Control:
             case protocol.Ask():
                 return {"predictions": self._ask(request.n)}
             case protocol.Metadata():
-                return {"name": self._daemon.bundle.manifest.name, "classes": self._daemon.bundle.manifest.classes}
+                return {
+                    "name": self._daemon.bundle.manifest.name,
+                    "classes": self._daemon.bundle.manifest.classes,
+                }
             case protocol.Ready():
                 return {"ready": self._daemon.ready()}
             case _:
@@ -97,7 +100,7 @@ class Control:
         values: list[Any] = list(request.labels or request.correct)
         if not values or len(values) != len(request.prediction_ids):
             raise InputError(
-                f"{len(request.prediction_ids)} prediction_ids and {len(values)} labels: send one for each, at least one"
+                f"{len(request.prediction_ids)} prediction_ids and {len(values)} labels: send one for each"
             )
         rows, outcomes = [], []
         ledger = self._daemon.ledger
@@ -116,12 +119,15 @@ class Control:
     def _label_images(self, request: protocol.Label, frames: list[bytes]) -> list[str]:
         x = protocol.decode_images(frames, request.dtype, request.shape, self._daemon.bundle.manifest.image_shape)
         if len(request.labels) != len(x) or request.prediction_ids:
-            raise InputError(f"{len(x)} images need {len(x)} labels and no prediction_ids, got {len(request.labels)}")
+            raise InputError(
+                f"{len(x)} images need {len(x)} labels and no prediction_ids, got {len(request.labels)}"
+            )
         treatment = self._daemon.treatment
         # Never predicted, so no prediction id: negative ones cannot collide.
         base = -time.time_ns() // 1000
         rows = [
-            Labelled(base - i, treatment.sequence, SOURCE, label, -1, x[i]) for i, label in enumerate(request.labels)
+            Labelled(base - i, treatment.sequence, SOURCE, label, -1, x[i])
+            for i, label in enumerate(request.labels)
         ]
         outcomes = ["joined"] * len(rows)
         self._keep(rows, outcomes)
@@ -152,7 +158,13 @@ class Control:
             reply = {"prediction_id": entry.prediction_id, "predicted": top, "uncertainty": round(entropy, 4)}
             by_class.setdefault(top, []).append((entropy, reply))
         queues = [sorted(q, key=lambda item: -item[0]) for q in by_class.values()]
-        ranked = [reply for rank in range(max(map(len, queues), default=0)) for q in queues if rank < len(q) for _, reply in [q[rank]]]
+        ranked = [
+            reply
+            for rank in range(max(map(len, queues), default=0))
+            for q in queues
+            if rank < len(q)
+            for _, reply in [q[rank]]
+        ]
         return ranked[:n]
 
     # -- versions -----------------------------------------------------------------------------------------
@@ -218,7 +230,9 @@ class Control:
             }
             if in_case
             else None,
-            "drift": {n: round(float(s), 4) for n, s in zip(watch.layout.names, watch.charts.statistic, strict=True)},
+            "drift": {
+                n: round(float(s), 4) for n, s in zip(watch.layout.names, watch.charts.statistic, strict=True)
+            },
             "label_statistic": round(watch.errors.statistic, 6),
             "accuracy": treatment.accuracy(),
             "arl": watch.arl,

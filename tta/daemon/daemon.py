@@ -72,7 +72,10 @@ class Daemon:
         self.metrics = Metrics(manifest)
         self.ledger = Ledger(config.daemon.ledger_bytes, config.daemon.ledger_age_s)
         self.labels = LabelBuffer(
-            config.state / "labels.sqlite", config.labels.capacity, config.labels.fit_fraction, manifest.image_shape
+            config.state / "labels.sqlite",
+            config.labels.capacity,
+            config.labels.fit_fraction,
+            manifest.image_shape,
         )
         reference = self.bundle.reference
         home = fingerprint(reference["features"], reference["predictions"])
@@ -255,7 +258,7 @@ class Daemon:
             if self._workers in ready:
                 self._drain(self._workers, self._hear_worker)
             if self._admin in ready:
-                self._drain(self._admin, lambda f: self.server.handle(msgspec.msgpack.decode(f[0]), now))
+                self._drain(self._admin, self._hear_server)
             if self._control in ready:
                 self._drain(self._control, self._obey)
             if now - beat >= BEAT_S:
@@ -290,9 +293,7 @@ class Daemon:
         self.treatment.sequence += seen.n
         for i in range(seen.n):
             image = x[i] if x is not None else None
-            self.ledger.add(
-                Entry(seen.first_id + i, first + i, seen.version, logits[i], features[i], image, now)
-            )
+            self.ledger.add(Entry(seen.first_id + i, first + i, seen.version, logits[i], features[i], image, now))
         sequences = range(first, first + seen.n)
         if seen.version == SOURCE:
             self._watch(sequences, features, logits)
@@ -323,6 +324,9 @@ class Daemon:
                 self._watch(sequences, features, logits)
 
         self.shadow.ask([(SOURCE, None)], x, then)
+
+    def _hear_server(self, frames: list[bytes]) -> None:
+        self.server.handle(msgspec.msgpack.decode(frames[0]), time.monotonic())
 
     def _hear_worker(self, frames: list[bytes]) -> None:
         header = msgspec.msgpack.decode(frames[1])
@@ -355,7 +359,11 @@ class Daemon:
             self.treatment.record("process_died", process=process.name)
             if process.name == "adapter":
                 self.adapter.died()
-        if server.process.ready and server.last_seen and now - server.last_seen > self.config.daemon.worker_timeout_s:
+        if (
+            server.process.ready
+            and server.last_seen
+            and now - server.last_seen > self.config.daemon.worker_timeout_s
+        ):
             self.log.error("server_hung", silent_s=round(now - server.last_seen, 1))
             server.last_seen = now
             server.process.stop(0.0, signal.SIGKILL)

@@ -69,7 +69,9 @@ class LabelBuffer:
             self._db.execute("PRAGMA synchronous=FULL")  # an acknowledged label survives a power cut
             self._db.executescript(SCHEMA)
         except sqlite3.DatabaseError as error:
-            raise ConfigError(f"label buffer {path} cannot be opened ({error}): move it away to start an empty one") from error
+            raise ConfigError(
+                f"label buffer {path} cannot be opened ({error}): move it away to start an empty one"
+            ) from error
 
     def add(self, labelled: Sequence[Labelled]) -> None:
         """Store labels; when this returns they are on disk. A second label for a prediction replaces the first."""
@@ -117,11 +119,16 @@ class LabelBuffer:
 
     def select(self, since: int, fit: bool) -> list[Labelled]:
         """Labels with a class and an image from `since` on, of one side of the split, oldest first."""
-        return self._rows("WHERE sequence >= ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL", (since, int(fit)))
+        return self._rows(
+            "WHERE sequence >= ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL", (since, int(fit))
+        )
 
     def ids_since(self, since: int) -> set[int]:
         """Prediction ids labelled from `since` on."""
-        return {int(row[0]) for row in self._db.execute("SELECT prediction_id FROM labels WHERE sequence >= ?", (since,))}
+        return {
+            int(row[0])
+            for row in self._db.execute("SELECT prediction_id FROM labels WHERE sequence >= ?", (since,))
+        }
 
     def outcomes(self, since: int, version: int) -> tuple[int, int]:
         """How many predictions of `version` since then were labelled, and how many of them were wrong."""
@@ -137,10 +144,10 @@ class LabelBuffer:
             f"SELECT prediction_id, sequence, version, label, predicted, x FROM labels {where} ORDER BY sequence",
             parameters,
         )
-        return [
-            Labelled(*row[:5], None if row[5] is None else np.frombuffer(row[5], np.uint8).reshape(self.image_shape))
-            for row in cursor
-        ]
+        return [Labelled(row[0], row[1], row[2], row[3], row[4], self._image(row[5])) for row in cursor]
+
+    def _image(self, blob: bytes | None) -> Array | None:
+        return None if blob is None else np.frombuffer(blob, np.uint8).reshape(self.image_shape)
 
     def close(self) -> None:
         """Close the database."""

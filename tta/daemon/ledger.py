@@ -35,7 +35,9 @@ class Entry:
     @property
     def n_bytes(self) -> int:
         """Memory it takes, about."""
-        return OVERHEAD_BYTES + self.logits.nbytes + self.features.nbytes + (0 if self.x is None else self.x.nbytes)
+        return (
+            OVERHEAD_BYTES + self.logits.nbytes + self.features.nbytes + (0 if self.x is None else self.x.nbytes)
+        )
 
 
 class Ledger:
@@ -69,12 +71,12 @@ class Ledger:
         return self._entries.get(prediction_id)
 
     def why_missing(self, prediction_id: int) -> str:
-        """ "expired" for a prediction that was, or may have been, forgotten; "unknown" for one never made."""
+        """Say "expired" for a prediction that was, or may have been, forgotten; "unknown" for one never made."""
         return "expired" if 1e15 < prediction_id <= self.last_id else "unknown"
 
     def since(self, sequence: int, limit: int) -> list[Entry]:
         """The newest entries from `sequence` on, at most `limit`, oldest first."""
-        found = []
+        found: list[Entry] = []
         for entry in reversed(self._entries.values()):
             if entry.sequence < sequence or len(found) == limit:
                 break

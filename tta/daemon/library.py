@@ -67,7 +67,9 @@ class Library:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is damaged ({error}): delete it to forget all regimes but home") from error
 
-    def add(self, version: int, kind: str, accuracy: float, fingerprint: Fingerprint | None, sequence: int) -> Regime:
+    def add(
+        self, version: int, kind: str, accuracy: float, fingerprint: Fingerprint | None, sequence: int
+    ) -> Regime:
         """Remember a cured regime; the least recently used is forgotten when there are too many."""
         number = max(self.regimes) + 1
         self.regimes[number] = Regime(number, version, kind, accuracy, fingerprint, sequence)

@@ -102,8 +102,13 @@ class ServerLink:
         self._send({"op": "hello"})
 
     def swap(self, version: int, folder: Path | None, then: Callable[[dict[str, Any]], None]) -> None:
-        """Serve a version; `then` gets {"prepare_s", "flip_s"} or {"error"}. A later call replaces one under way."""
-        command = {"op": "swap", "id": self._next, "version": version, "folder": str(folder) if folder else None}
+        """Serve a version; `then` gets prepare_s and flip_s, or error. A later call replaces one under way."""
+        command = {
+            "op": "swap",
+            "id": self._next,
+            "version": version,
+            "folder": str(folder) if folder else None,
+        }
         self._next += 1
         self._swap = (command, then)
         self._send(command)
@@ -190,7 +195,9 @@ class AdapterLink:
     def _send_job(self) -> None:
         assert self._job is not None
         number, folder, _ = self._job
-        self._socket.send_multipart([b"adapter", msgspec.msgpack.encode({"op": "adapt", "id": number, "folder": str(folder)})])
+        self._socket.send_multipart(
+            [b"adapter", msgspec.msgpack.encode({"op": "adapt", "id": number, "folder": str(folder)})]
+        )
 
     def _finish(self, header: dict[str, Any]) -> None:
         if self._job is None:

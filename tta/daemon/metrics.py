@@ -89,8 +89,10 @@ def _added(a: Counters, b: Counters, epoch: int) -> Counters:
         observations_dropped=a.observations_dropped + b.observations_dropped,
         queue_images=b.queue_images,
         histograms={
-            k: ([m + n for m, n in zip(a.histograms[k][0], b.histograms[k][0], strict=True)],
-                a.histograms[k][1] + b.histograms[k][1])
+            k: (
+                [m + n for m, n in zip(a.histograms[k][0], b.histograms[k][0], strict=True)],
+                a.histograms[k][1] + b.histograms[k][1],
+            )
             for k in b.histograms
         },
     )
@@ -103,7 +105,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.server = ServerTotals()
         self.registry.register(self.server)
-        self.drift_statistic = self._gauge("drift_statistic", "Chart over its threshold; above 1 is an alarm", "block")
+        self.drift_statistic = self._gauge(
+            "drift_statistic", "Chart over its threshold; above 1 is an alarm", "block"
+        )
         self.drift_detected = self._gauge("drift_detected", "1 while a shift is being dealt with")
         self.label_statistic = self._gauge("label_statistic", "Error test over its threshold; above 1 is an alarm")
         self.arl = self._gauge("arl_samples", "Samples between two false alarms, as calibrated")

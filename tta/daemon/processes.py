@@ -57,7 +57,12 @@ class Process:
     """
 
     def __init__(
-        self, name: str, argv: Callable[[], Sequence[str]], log: Logger, detached: bool = False, keep: bool = True
+        self,
+        name: str,
+        argv: Callable[[], Sequence[str]],
+        log: Logger,
+        detached: bool = False,
+        keep: bool = True,
     ) -> None:
         self.name = name
         self.detached = detached

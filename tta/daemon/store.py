@@ -77,13 +77,25 @@ class Store:
             return SOURCE
 
     def write(
-        self, delta: bytes, probe: bytes, block: str, start: str, created_s: float, report: dict[str, Any], verdict: dict[str, Any]
+        self,
+        delta: bytes,
+        probe: bytes,
+        block: str,
+        start: str,
+        created_s: float,
+        report: dict[str, Any],
+        verdict: dict[str, Any],
     ) -> int:
         """Keep a new version for good.
 
         Args:
             delta: safetensors file of what differs from the source.
             probe: safetensors file of probe images and the adapter's logits.
+            block: operated on.
+            start: where surgery began.
+            created_s: wall clock, seconds since the epoch.
+            report: what the adapter tried.
+            verdict: the gate's; empty until it has judged.
 
         Returns:
             Its number.

@@ -1,7 +1,7 @@
 """From a shift to a cured regime: labels, adapter, gate, swap, probation, recall, rollback.
 
-Holds what `cycle.py` decides on and carries out what it says. Every transition is logged with its evidence, counted
-and saved.
+Holds what `cycle.py` decides on and carries out what it says. Every transition is logged with its evidence,
+counted and saved.
 """
 
 import json
@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 
 from tta.config import Config
 from tta.daemon import gate
-from tta.daemon.cycle import Action, Cycle, Event, State
-from tta.daemon.labels import Labelled, LabelBuffer
+from tta.daemon.cycle import Cycle, Event, State
+from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger, stack_inputs
 from tta.daemon.library import HOME, Library, Regime
 from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink, VersionFolder
@@ -278,7 +278,11 @@ class Treatment:
 
     def labelled(self, rows: list[Labelled]) -> None:
         """Take labels that are on disk: error test, accuracy gauges, probation."""
-        own = [r for r in rows if r.predicted >= 0 and r.version == self.case.serving and r.sequence >= self.case.since]
+        own = [
+            r
+            for r in rows
+            if r.predicted >= 0 and r.version == self.case.serving and r.sequence >= self.case.since
+        ]
         for row in own:
             wrong = row.label is None or row.label != row.predicted
             self._right["serving"].append(not wrong)
@@ -331,7 +335,11 @@ class Treatment:
             return
         if self.cycle.state is State.DRIFTED and not self.case.proposal:
             have = self.labels.count(self.case.onset)
-            if self.case.cause == "labels" and not self._recalling and have - self._recall_tried_at >= RECALL_EVERY:
+            if (
+                self.case.cause == "labels"
+                and not self._recalling
+                and have - self._recall_tried_at >= RECALL_EVERY
+            ):
                 self._recall_tried_at = have
                 self._recall_by_labels()
             if have >= self.case.wanted:
@@ -480,9 +488,11 @@ class Treatment:
             self._not_accepted({"error": "the shadow could not run the candidate"}, block, 0)
             return
         right = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
-        verdict = gate.judge(*right[:3], right[3] if label_free is not None else None, self.config.gate.alpha)
-        if label_free is not None and verdict.outcome != "accepted":
-            plain = gate.judge(right[3], right[1], right[2], None, self.config.gate.alpha)
+        candidate, serving, source = right[:3]
+        free = right[3] if label_free is not None else None
+        verdict = gate.judge(candidate, serving, source, free, self.config.gate.alpha)
+        if label_free is not None and free is not None and verdict.outcome != "accepted":
+            plain = gate.judge(free, serving, source, None, self.config.gate.alpha)
             if plain.outcome == "accepted":  # the labels did not help: what was made without them does
                 verdict, version, label_free, block = plain, label_free, version, ""
         self._discard(label_free)

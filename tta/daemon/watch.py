@@ -96,7 +96,7 @@ class Watch:
 
     def window(self, n: int) -> tuple[Array, Array]:
         """The newest samples since the last `look_from`, at most n: w (n, D) and predicted classes (n,)."""
-        rows = []
+        rows: list[tuple[Array, int]] = []
         for sequence, w, prediction in reversed(self._recent):
             if sequence < self._since or len(rows) == n:
                 break

@@ -52,6 +52,8 @@ def calibrate(
         predictions: (N,) predicted classes of the same.
         layout: the blocks.
         arl: samples, at least 100.
+        lambdas: speeds of the charts.
+        seed: of the bootstrap.
 
     Raises:
         InputError: fewer than 100 samples, or `arl` too small to calibrate.
@@ -74,7 +76,12 @@ def calibrate(
 
 
 def _peaks(
-    w: Array, predictions: Array, layout: Layout, lambdas: Sequence[float], horizon: int, rng: np.random.Generator
+    w: Array,
+    predictions: Array,
+    layout: Layout,
+    lambdas: Sequence[float],
+    horizon: int,
+    rng: np.random.Generator,
 ) -> Array:
     """Largest T²/r of every chart over one horizon, for each bootstrap stream."""
     w = w.astype(np.float32)
@@ -95,7 +102,9 @@ class ClassMix:
     def __init__(self, predictions: Array, n_streams: int, rng: np.random.Generator) -> None:
         self._rng = rng
         self._order = np.argsort(predictions, kind="stable")
-        classes, self._first, self._count = np.unique(predictions[self._order], return_index=True, return_counts=True)
+        classes, self._first, self._count = np.unique(
+            predictions[self._order], return_index=True, return_counts=True
+        )
         k = len(classes)
         natural = np.tile(self._count / self._count.sum(), (n_streams, 1))
         skewed = rng.dirichlet(np.full(k, 0.5), n_streams)
@@ -108,7 +117,8 @@ class ClassMix:
 
     def _draw_class(self) -> Array:
         u = self._rng.random((len(self._cumulative), 1))
-        return (u > self._cumulative).sum(axis=1)
+        drawn: Array = (u > self._cumulative).sum(axis=1)
+        return drawn
 
     def next(self) -> Array:
         """(n_streams,) index of each stream's next sample."""

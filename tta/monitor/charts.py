@@ -50,7 +50,8 @@ class Layout:
     def squares(self, w: Array) -> Array:
         """Mean square of each block's features: (..., D) to (..., blocks)."""
         totals = np.add.reduceat(np.square(w), self.starts, axis=-1)
-        return totals / np.asarray(self.widths, totals.dtype)  # type: ignore[no-any-return]
+        means: Array = totals / np.asarray(self.widths, totals.dtype)
+        return means
 
 
 def centre(features: Array, predictions: Array, centroids: Array) -> Array:
@@ -68,7 +69,8 @@ def centre(features: Array, predictions: Array, centroids: Array) -> Array:
         raise InputError(f"expected features of shape (N, {centroids.shape[1]}), got {features.shape}")
     if not np.isfinite(features).all():
         raise InputError("features hold NaN or infinity")
-    return np.clip(features - centroids[predictions], -CLIP, CLIP)
+    w: Array = np.clip(features - centroids[predictions], -CLIP, CLIP)
+    return w
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,12 @@ def _anchor(x: Array, y: Array, n_classes: int) -> dict[str, Array]:
 
 
 def _parity(
-    served: Served, manifest: Mapping[str, Any], graph: bytes, weights: Mapping[str, Array], x: Array, progress: Progress
+    served: Served,
+    manifest: Mapping[str, Any],
+    graph: bytes,
+    weights: Mapping[str, Array],
+    x: Array,
+    progress: Progress,
 ) -> dict[str, float]:
     """Compare torch with onnxruntime, batch of another size than the export's.
 

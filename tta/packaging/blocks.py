@@ -6,6 +6,7 @@ the stages of a ConvNeXt, quarters of a ViT's or a MobileNet's blocks. What stan
 before; the classifier alone is the head.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -75,12 +76,12 @@ def classifier_name(model: nn.Module) -> str:
     Raises:
         BundleError: there is no linear layer.
     """
-    names = {id(m): n for n, m in model.named_modules()}
+    names: dict[int, str] = {id(m): n for n, m in model.named_modules()}
     if hasattr(model, "get_classifier"):
-        classifier = model.get_classifier()
+        classifier = getattr(model, "get_classifier")()  # noqa: B009  (not every module has it)
         if isinstance(classifier, nn.Module) and id(classifier) in names and list(classifier.parameters()):
             return names[id(classifier)]
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linear: list[str] = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linear:
         raise BundleError("the model has no linear classifier")
     return linear[-1]
@@ -122,7 +123,7 @@ def _grouped(starts: list[str]) -> list[list[str]]:
     """At most `MAX_STAGES` contiguous groups of about equal length."""
     n = min(MAX_STAGES, len(starts))
     bounds = [round(i * len(starts) / n) for i in range(n + 1)] if n else []
-    return [starts[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [starts[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def _inside(name: str, module: str) -> bool:

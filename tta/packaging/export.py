@@ -36,7 +36,9 @@ class Taps(nn.Module):
     the centred logits.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[BlockPlan], mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[BlockPlan], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("input_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -167,7 +169,9 @@ def _externalise(proto: onnx.ModelProto, prefix: str, weights: dict[str, Tensor]
             continue
         stored, value = onnx.numpy_helper.to_array(tensor), weights[tensor.name].numpy()
         if not np.array_equal(stored, value):
-            raise BundleError(f"the exporter changed the weight {tensor.name.removeprefix(prefix)!r}: cannot swap it by name")
+            raise BundleError(
+                f"the exporter changed the weight {tensor.name.removeprefix(prefix)!r}: cannot swap it by name"
+            )
         tensor.name = tensor.name.removeprefix(prefix)
         kept.add(tensor.name)
         tensor.ClearField("raw_data")

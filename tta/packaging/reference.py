@@ -98,11 +98,17 @@ def _centroids(values: Array, predictions: Array, n_classes: int) -> Array:
     sums = np.zeros((n_classes, values.shape[1]))
     np.add.at(sums, predictions, values)
     counts = np.bincount(predictions, minlength=n_classes)[:, None]
-    return sums / (counts + SHRINK)  # type: ignore[no-any-return]
+    return sums / (counts + SHRINK)
 
 
 def reference_arrays(
-    features: Array, predictions: Array, labels: Array, centroids: Array, layout: Layout, arl: float, seed: int
+    features: Array,
+    predictions: Array,
+    labels: Array,
+    centroids: Array,
+    layout: Layout,
+    arl: float,
+    seed: int,
 ) -> dict[str, Array]:
     """Everything for `reference.safetensors`.
 

@@ -51,6 +51,14 @@ def build_model(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
+def timm_preprocessing(model: nn.Module) -> dict[str, Any]:
+    """What timm says of a model's input: "input_size" (C, H, W), "mean" and "std"."""
+    from timm.data import resolve_model_data_config
+
+    config: dict[str, Any] = resolve_model_data_config(model)
+    return config
+
+
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load trained weights; every parameter and normalisation buffer must be there and fit.
 
@@ -74,7 +82,9 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
             if names
         ]
-        raise BundleError(f"checkpoint {path} does not fit the model: {'; '.join(parts)}: check --source and --kwargs")
+        raise BundleError(
+            f"checkpoint {path} does not fit the model: {'; '.join(parts)}: check --source and --kwargs"
+        )
     model.load_state_dict(state, strict=False)
 
 

@@ -134,7 +134,10 @@ class Server:
                     for request in batch:
                         self._count("internal")
                         replies.send_multipart(
-                            [request.identity, *protocol.encode(protocol.error_reply(request.request_id, error))]
+                            [
+                                request.identity,
+                                *protocol.encode(protocol.error_reply(request.request_id, error)),
+                            ]
                         )
             elif self.frontend_is_draining():
                 break
@@ -149,7 +152,11 @@ class Server:
         return self.frontend.draining
 
     def _predict(
-        self, batch: list[Pending], replies: "zmq.Socket[bytes]", observations: "zmq.Socket[bytes]", sample: random.Random
+        self,
+        batch: list[Pending],
+        replies: "zmq.Socket[bytes]",
+        observations: "zmq.Socket[bytes]",
+        sample: random.Random,
     ) -> None:
         start = time.monotonic()
         live = []

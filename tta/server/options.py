@@ -1,7 +1,7 @@
 """What the daemon tells a server at its start, as a JSON file; and what both say to each other later.
 
-    admin socket (daemon → server)   hello | swap | drain
-    observations (server → daemon)   observation (one a batch) | counters (one a second)
+admin socket (daemon → server)   hello | swap | drain
+observations (server → daemon)   observation (one a batch) | counters (one a second)
 """
 
 import msgspec

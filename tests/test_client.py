@@ -1,0 +1,106 @@
+"""Both clients against a real daemon."""
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import tta
+import tta.protocol
+from tta.client import AsyncClient, Client
+from tta.errors import DeadlineError, InputError
+from tta.protocol import Status
+from tta.scenario import DaemonProcess, free_ports
+
+
+@pytest.fixture
+def daemon(start_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
+    """A running daemon."""
+    return start_daemon()
+
+
+def test_the_public_names() -> None:
+    """`tta` exports what it says and nothing else."""
+    assert set(tta.__all__) == {"AsyncClient", "Client", "__version__", "load_bundle"}
+    assert all(hasattr(tta, name) for name in tta.__all__)
+
+
+def test_predict_label_and_status(daemon: DaemonProcess, stream: tuple) -> None:
+    """A batch is predicted and its labels joined; correct/wrong, images with labels, and unknown ids are told apart."""
+    x, y = stream
+    with daemon.client() as client:
+        answer = client.predict(x[:32], key="camera-1")
+        joined = client.label(answer.prediction_ids[:8], y[:8])
+        judged = client.label(answer.prediction_ids[8:10], correct=[True, False])
+        given = client.label(labels=y[10:14], x=x[10:14])
+        unknown = client.label([answer.prediction_id + 10_000, 5], [1, 1])
+        status = client.status()
+        about = client.metadata()
+
+    assert (answer.classes == y[:32]).mean() > 0.9
+    assert answer.prediction_ids == list(range(answer.prediction_id, answer.prediction_id + 32))
+    assert joined == ["joined"] * 8
+    assert judged == ["joined"] * 2
+    assert given == ["joined"] * 4
+    assert unknown == ["unknown", "unknown"]
+    assert (status["state"], status["version"], status["labels_buffered"]) == ("stable", 0, 14)
+    assert about["inputs"][0]["shape"] == [-1, 32, 32, 3]
+
+
+def test_bad_labels_are_refused_and_store_nothing(daemon: DaemonProcess, stream: tuple) -> None:
+    """A class out of range, a count that does not match, or both kinds at once are refused as a whole."""
+    with daemon.client() as client:
+        answer = client.predict(stream[0][:4])
+        for arguments in (
+            {"labels": [0, 1, 2, 10]},
+            {"labels": [0, 1]},
+            {"labels": [0, 1, 2, 3], "correct": [True] * 4},
+            {},
+        ):
+            with pytest.raises(InputError):
+                client.label(answer.prediction_ids, **arguments)
+        assert client.status()["labels_buffered"] == 0
+
+
+def test_nobody_there_is_a_deadline_error() -> None:
+    """A client without a server fails within its time-out and says what to check."""
+    endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
+
+    with Client(endpoint, timeout_s=0.2) as client, pytest.raises(DeadlineError, match="is tta serving"):
+        client.predict(np.zeros((1, 4, 4, 3), np.uint8))
+
+
+def test_many_requests_in_flight_over_asyncio(daemon: DaemonProcess, stream: tuple) -> None:
+    """Two hundred concurrent requests each get their own image's answer, beside labels and status."""
+    x, y = stream
+
+    async def run() -> tuple:
+        async with AsyncClient(daemon.endpoint, daemon.control) as client:
+            answers = await asyncio.gather(*(client.predict(x[i]) for i in range(200)))
+            outcomes = await client.label([a.prediction_id for a in answers[:5]], y[:5])
+            with pytest.raises(InputError, match="channels last"):
+                await client.predict(x[:1].transpose(0, 3, 1, 2))
+            return answers, outcomes, await client.status(), await client.call(Status())
+
+    answers, outcomes, status, again = asyncio.run(run())
+
+    with daemon.client() as client:
+        expected = client.predict(x[:16]).logits
+    assert all(np.array_equal(answers[i].logits[0], expected[i]) for i in range(16))
+    assert len({a.prediction_id for a in answers}) == 200
+    assert outcomes == ["joined"] * 5
+    assert status["version"] == again["version"] == 0
+
+
+def test_ask_names_unlabelled_predictions_of_every_class(daemon: DaemonProcess, stream: tuple) -> None:
+    """`ask` spreads over the predicted classes and never names a prediction that has its label."""
+    x, y = stream
+    with daemon.client() as client:
+        answer = client.predict(x[:64])
+        client.predict(x[64:128])
+        client.label(answer.prediction_ids[:20], y[:20])
+        asked = client.call(tta.protocol.Ask(n=10))["predictions"]
+
+    assert len({a["predicted"] for a in asked}) >= 8
+    assert not {a["prediction_id"] for a in asked} & set(answer.prediction_ids[:20])
