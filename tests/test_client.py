@@ -27,7 +27,7 @@ def test_the_public_names() -> None:
 
 
 def test_predict_label_and_status(daemon: DaemonProcess, stream: tuple) -> None:
-    """A batch is predicted and its labels joined; correct/wrong, images with labels, and unknown ids are told apart."""
+    """A batch is predicted, its labels joined; correct/wrong, labelled images and unknown ids are told apart."""
     x, y = stream
     with daemon.client() as client:
         answer = client.predict(x[:32], key="camera-1")

@@ -12,7 +12,7 @@ FOLDER = Path("tta-demo")
 
 @pytest.mark.timeout(400)
 def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
-    """`tta demo --json` from nothing: all answered, nothing mixed, cured, the last block for the change of meaning."""
+    """`tta demo --json` from nothing: all answered, nothing mixed, cured, the head for the change of meaning."""
     result = subprocess.run(
         [sys.executable, "-m", "tta", "demo", "--json"], capture_output=True, text=True, cwd=tmp_path, timeout=380
     )

@@ -43,7 +43,12 @@ def exported(bundle: Bundle) -> set[str]:
             queue_images=0,
             histograms={
                 name: ([0] * (len(BATCH_BUCKETS if name == "batch_size" else DURATION_BUCKETS_S) + 1), 0.0)
-                for name in ("request_duration_seconds", "queue_duration_seconds", "compute_duration_seconds", "batch_size")
+                for name in (
+                    "request_duration_seconds",
+                    "queue_duration_seconds",
+                    "compute_duration_seconds",
+                    "batch_size",
+                )
             },
         )
     )
@@ -84,7 +89,12 @@ def test_server_totals_survive_a_restart(bundle: Bundle) -> None:
     def counters(epoch: int, images: int) -> Counters:
         buckets = {
             name: ([1] + [0] * len(BATCH_BUCKETS if name == "batch_size" else DURATION_BUCKETS_S), 0.5)
-            for name in ("request_duration_seconds", "queue_duration_seconds", "compute_duration_seconds", "batch_size")
+            for name in (
+                "request_duration_seconds",
+                "queue_duration_seconds",
+                "compute_duration_seconds",
+                "batch_size",
+            )
         }
         return Counters(
             epoch=epoch,
@@ -117,7 +127,9 @@ def test_scenario_configurations_hold_only_known_settings() -> None:
 def test_compose_points_at_files_that_exist() -> None:
     """What compose mounts is in the repository, and Prometheus scrapes the daemon's port."""
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-    mounts = [v.split(":")[0] for s in compose["services"].values() for v in s.get("volumes", []) if v.startswith("./")]
+    mounts = [
+        v.split(":")[0] for s in compose["services"].values() for v in s.get("volumes", []) if v.startswith("./")
+    ]
     prometheus = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
 
     assert len(mounts) >= 4

@@ -20,7 +20,14 @@ MAY_OPEN_SOCKETS = {
     "adapter/worker.py",
 }
 SOCKETS = {"zmq", "socket", "http", "urllib"}
-PURE = ["monitor/", "daemon/gate.py", "daemon/cycle.py", "adapter/surgery.py", "adapter/race.py", "adapter/criteria.py"]
+PURE = [
+    "monitor/",
+    "daemon/gate.py",
+    "daemon/cycle.py",
+    "adapter/surgery.py",
+    "adapter/race.py",
+    "adapter/criteria.py",
+]
 IO = SOCKETS | {"os", "pathlib", "subprocess", "sqlite3", "shutil", "tempfile", "io"}
 
 
@@ -77,7 +84,9 @@ def test_the_client_is_light() -> None:
     """Importing tta and its command line loads neither torch, onnxruntime nor anything of an extra."""
     loaded = loaded_by("import tta, tta.commands")
 
-    assert not loaded & (HEAVY | {"onnxruntime", "pydantic", "prometheus_client", "structlog", "safetensors", "sklearn"})
+    assert not loaded & (
+        HEAVY | {"onnxruntime", "pydantic", "prometheus_client", "structlog", "safetensors", "sklearn"}
+    )
 
 
 def test_the_server_is_light() -> None:

@@ -98,8 +98,8 @@ def _label_request(
     request = protocol.Label(
         id=request_id,
         prediction_ids=[int(i) for i in prediction_ids],
-        labels=[int(i) for i in labels or []],
-        correct=[bool(i) for i in correct or []],
+        labels=[] if labels is None else [int(i) for i in labels],
+        correct=[] if correct is None else [bool(i) for i in correct],
     )
     if x is None:
         return protocol.encode(request)

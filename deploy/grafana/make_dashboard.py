@@ -17,7 +17,10 @@ ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
                 "Latency",
                 "s",
                 [
-                    (f"histogram_quantile({q}, sum by (le) (rate(tta_request_duration_seconds_bucket[1m])))", f"p{p}")
+                    (
+                        f"histogram_quantile({q}, sum by (le) (rate(tta_request_duration_seconds_bucket[1m])))",
+                        f"p{p}",
+                    )
                     for q, p in ((0.5, 50), (0.95, 95), (0.99, 99))
                 ],
             ),
@@ -87,7 +90,9 @@ def dashboard() -> dict[str, Any]:
     panels: list[dict[str, Any]] = []
     y = 0
     for title, row in ROWS:
-        panels.append({"type": "row", "title": title, "id": len(panels) + 1, "gridPos": _at(0, y, 24, 1), "panels": []})
+        panels.append(
+            {"type": "row", "title": title, "id": len(panels) + 1, "gridPos": _at(0, y, 24, 1), "panels": []}
+        )
         y += 1
         for i, (name, unit, queries) in enumerate(row):
             panels.append(

@@ -4,8 +4,8 @@
    been fitted yet, so their accuracy on the fit labels is honest.
 2. Blocks are ranked: the diagnosis' first, then by relative gradient norm; the first few compete.
 3. Block × learning rate are compared by stratified k-fold. Among those within one standard error of the best the
-   first in rank wins (the one-standard-error rule of Breiman et al., CART, 1984): few labels order blocks badly, and
-   the diagnosis has seen many more samples. The winner is tuned on all fit labels.
+   first in rank wins (the one-standard-error rule of Breiman et al., CART, 1984): few labels order blocks badly,
+   and the diagnosis has seen many more samples. The winner is tuned on all fit labels.
 """
 
 from collections.abc import Callable, Mapping
@@ -123,11 +123,11 @@ def race(
         raise AdaptationError(f"adapt.budget_s = {settings.budget_s:g} s is too short for one candidate")
 
     # 4. Fit the winner on all labels, unless the start itself is clearly better. The comparison is unfair to the
-    # winner, which had fewer labels, and the gate compares the two again: so a standard error is allowed here too.
+    # winner, which had fewer labels and epochs, and the gate compares the two again on other labels.
     progress("fit", len(plans), len(plans) + 1)
     patient.load(starts[start])
     block = ""
-    if len(plans) == 1 or results[winner] >= scores[start] - _standard_error(scores[start], len(y)):
+    if len(plans) == 1 or results[winner] >= scores[start] - 2 * _standard_error(scores[start], len(y)):
         adapt(patient, images, y, winner)
         block = winner.block
     report = {

@@ -17,6 +17,7 @@ LABEL_FRACTION = 0.25
 MAX_LABELS = 200  # a shift
 TRAIN_EPOCHS = 6
 SWAPPED = ((1, 7), (3, 8))  # pairs of digits whose meaning is exchanged
+SHOWN = ("alarm", "enough_labels", "accepted", "not_accepted", "swapped", "quiet", "harmless", "disagreed")
 SETTINGS: dict[str, Any] = {
     "adapt.labels": 160,
     "adapt.retry_labels": 24,
@@ -150,7 +151,7 @@ def print_report(report: "Report") -> None:
         for p in report.phases
     ]
     columns = ["phase", "noticed", "source", "before", "after", "v", "block", "labels", "s", "from"]
-    print_table(columns, rows, "accuracy in %; noticed: images after the shift; v: version; s: seconds to recover")
+    print_table(columns, rows, "accuracy in %, noticed after so many images, v: version, s: seconds to recover")
     print(
         f"{report.requests} requests, {report.lost} lost, {report.mixed_version_replies} of mixed version; "
         f"{report.alarms_clean} false alarms in clean phases ({report.alarms_clean_expected:.2f} expected), "
@@ -187,26 +188,13 @@ class _View:
         """Show one look at the daemon."""
         from rich.text import Text
 
-        from tta.commands.status import status_lines
+        from tta.commands.status import describe, status_lines
 
         if self._quiet:
             return
         for event in scenario.events[self._printed :]:
-            if event["event"] in (
-                "alarm",
-                "enough_labels",
-                "swapped",
-                "home_recognised",
-                "quiet",
-                "not_accepted",
-            ):
-                known = {"event", "sequence", "time_s", "version", "before", "after", "profile"}
-                detail = ", ".join(f"{k} {v}" for k, v in event.items() if k not in known)
-                console.print(
-                    f"{event['sequence']:>7}  {event['event']:<16} {detail[:110]}",
-                    markup=False,
-                    highlight=False,
-                )
+            if event["event"] in SHOWN:
+                console.print(describe(event), markup=False, highlight=False, soft_wrap=True)
         self._printed = len(scenario.events)
         if self._live:
             accuracy = scenario.recent_accuracy()

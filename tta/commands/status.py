@@ -8,6 +8,25 @@ from tta.client import Client
 from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, console, print_json
 
 BAR = 20
+WIDTH = 96  # characters of an event's line
+DETAILS = (  # of an event, worth a person's glance; the log has all
+    "cause",
+    "kind",
+    "block",
+    "onset",
+    "labels",
+    "errors",
+    "reason",
+    "serving",
+    "regime",
+    "candidate",
+    "accuracy_candidate",
+    "accuracy_serving",
+    "p_val",
+    "wanted",
+    "process",
+    "error",
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -52,10 +71,14 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
         for name, p in now["processes"].items()
     )
     lines.append(f"  processes  {up}")
-    for event in now["events"][-events:] if events else []:
-        known = {"event", "sequence", "time_s", "version", "before", "after"}
-        detail = ", ".join(
-            f"{k} {v}" for k, v in event.items() if k not in known and not isinstance(v, dict | list)
-        )
-        lines.append(f"  {event['sequence']:>9}  {event['event']}: {detail[:100]}")
+    lines += ["  " + describe(event) for event in now["events"][-events:]] if events else []
     return lines
+
+
+def describe(event: dict[str, Any]) -> str:
+    """One line of what happened: place in the stream, event, its most telling numbers."""
+    details = []
+    for key, value in event.items():
+        if key in DETAILS and value not in ("", None):
+            details.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
+    return f"{event['sequence']:>7}  {event['event']:<15}  {', '.join(details)}"[:WIDTH]

@@ -48,6 +48,7 @@ def fingerprint(w: Array, predictions: Array, seed: int = 0) -> Fingerprint:
     Args:
         w: (N, D) class-centred features of one regime.
         predictions: (N,) classes the source model predicted for them.
+        seed: of the bootstrap of windows.
 
     Raises:
         InputError: fewer than `MIN_SAMPLES` samples.
