@@ -16,13 +16,13 @@ DETAILS = (  # of an event, worth a person's glance; the log has all
     "onset",
     "labels",
     "errors",
-    "reason",
+    "candidate",
     "serving",
     "regime",
-    "candidate",
-    "accuracy_candidate",
     "accuracy_serving",
+    "accuracy_candidate",
     "p_val",
+    "reason",
     "wanted",
     "process",
     "error",
@@ -78,7 +78,8 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
 def describe(event: dict[str, Any]) -> str:
     """One line of what happened: place in the stream, event, its most telling numbers."""
     details = []
-    for key, value in event.items():
-        if key in DETAILS and value not in ("", None):
+    for key in DETAILS:
+        value = event.get(key)
+        if value not in ("", None):
             details.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
     return f"{event['sequence']:>7}  {event['event']:<15}  {', '.join(details)}"[:WIDTH]
