@@ -1,0 +1,129 @@
+"""The operator's hand, and the daemon's own second thoughts, on a live shift."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.traffic import Traffic, status
+from tests.waiting import until
+from tta.bundle import Bundle
+from tta.errors import PreconditionError
+from tta.packaging.digits import corrupt, digits
+from tta.protocol import Adapt, Approve, Pause, Reset, Resume, Rollback
+from tta.scenario import DaemonProcess
+from tta.server.predictor import Predictor
+
+
+@pytest.fixture
+def noisy() -> tuple[np.ndarray, np.ndarray]:
+    """Noisy digits and their classes."""
+    x, y = digits("stream", 1500, seed=21)
+    return corrupt(x, "noise", 4), y
+
+
+@pytest.fixture
+def shifted(start_daemon: Callable[..., DaemonProcess], noisy: tuple) -> Iterator[Callable]:
+    """Start a daemon with settings and noisy, labelled traffic to it."""
+    running: list[Traffic] = []
+
+    def start(**settings: object) -> tuple[DaemonProcess, Traffic]:
+        daemon = start_daemon(**settings)
+        traffic = Traffic(daemon, *noisy)
+        traffic.start()
+        running.append(traffic)
+        return daemon, traffic
+
+    yield start
+    for traffic in running:
+        traffic.stop()
+    assert all(t.failure is None for t in running)
+
+
+def test_a_proposal_waits_for_approval(shifted: Callable) -> None:
+    """In mode propose an accepted candidate is not served until it is approved; then rollback and reset work."""
+    daemon, traffic = shifted(mode="propose")
+    proposed = until(
+        lambda: (s := status(daemon)).get("shift") and s["shift"]["proposal"] and s, "a proposal", 120
+    )
+    assert proposed["version"] == 0
+    assert traffic.versions == {0}
+
+    with daemon.client() as client:
+        version = client.call(Approve())["version"]
+        until(lambda: status(daemon)["version"] == version, "the promotion")
+        client.call(Pause())
+        assert client.call(Rollback())["version"] == 0
+        assert status(daemon)["version"] == 0
+        assert client.call(Rollback(version=version))["version"] == version
+        assert client.call(Reset())["version"] == 0
+        with pytest.raises(PreconditionError, match="no candidate"):
+            client.call(Approve())
+        client.call(Resume())
+
+    assert version == proposed["shift"]["proposal"]
+
+
+def test_mode_off_watches_and_changes_nothing(shifted: Callable) -> None:
+    """In mode off the shift is found and shown, the adapter never starts, and the source goes on serving."""
+    daemon, traffic = shifted(mode="off")
+    until(lambda: status(daemon).get("state") == "drifted", "the alarm")
+    answered = traffic.answered
+    until(lambda: len(traffic.acknowledged) > 150 and traffic.answered > answered + 300, "labels enough to adapt")
+
+    now = status(daemon)
+    assert now["processes"]["adapter"]["pid"] is None
+    assert (now["state"], now["version"]) == ("drifted", 0)
+    assert traffic.versions == {0}
+
+
+def test_a_pause_holds_and_resume_goes_on(shifted: Callable) -> None:
+    """While paused nothing is promoted however many labels come; after resume the shift is cured."""
+    daemon, traffic = shifted()
+    until(lambda: status(daemon).get("state") in ("drifted", "adapting"), "the alarm")
+    with daemon.client() as client:
+        client.call(Pause())
+        labels = len(traffic.acknowledged)
+        until(lambda: len(traffic.acknowledged) > labels + 120, "more labels")
+        assert status(daemon)["version"] == 0
+        client.call(Resume())
+        until(lambda: status(daemon)["version"] > 0, "the cure", 120)
+
+
+def test_live_labels_roll_a_version_back(shifted: Callable, noisy: tuple, bundle: Bundle) -> None:
+    """When labels in probation say the version before was right, it serves again and the cure is forgotten."""
+    daemon, traffic = shifted(**{"gate.probation_s": 600.0, "gate.probation_labels": 10_000})
+    source = Predictor(bundle, "cpu")
+    source.activate(source.prepare())
+    x = noisy[0]
+    believed = np.concatenate([source.run(x[i : i + 32]).logits.argmax(axis=1) for i in range(0, len(x), 32)])
+    until(lambda: status(daemon).get("state") == "probation", "the promotion", 120)
+
+    traffic.show(x, believed)
+    until(lambda: any(e["event"] == "disagreed" for e in status(daemon)["events"]), "the rollback", 60)
+    now = until(lambda: (s := status(daemon)) and s["version"] == 0 and s, "the source serving again")
+
+    assert now["state"] in ("drifted", "adapting")
+    assert [r["regime"] for r in now["regimes"]] == [0]
+
+
+def test_adapt_now_needs_labels_and_then_goes(
+    start_daemon: Callable[..., DaemonProcess], noisy: tuple, tmp_path: Path
+) -> None:
+    """`adapt` without an alarm is refused with fewer than 16 labels and starts an adaptation with enough."""
+    daemon = start_daemon(**{"monitor.arl": 1e9, "monitor.label_arl": 1e9, "adapt.labels": 5000})
+    x, y = digits("stream", 80, seed=22)
+    with daemon.client() as client:
+        answers = [client.predict(x[i]) for i in range(80)]
+        client.label([a.prediction_id for a in answers[:10]], y[:10])
+        with pytest.raises(PreconditionError, match="at least 16"):
+            client.call(Adapt())
+        client.label([a.prediction_id for a in answers[10:]], y[10:])
+        assert client.call(Adapt())["labels"] == 80
+        until(
+            lambda: any(e["event"] in ("not_accepted", "accepted") for e in client.status()["events"]),
+            "a verdict",
+            120,
+        )
+        assert client.predict(x[:1]).version == client.status()["version"]
