@@ -3,29 +3,45 @@
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from tta import protocol
+from tta.bundle import Manifest
+from tta.config import Config
 from tta.daemon.cycle import State
-from tta.daemon.labels import Labelled
+from tta.daemon.labels import LabelBuffer, Labelled
+from tta.daemon.ledger import Ledger
+from tta.daemon.links import ServerLink
+from tta.daemon.metrics import Metrics
+from tta.daemon.processes import Logger, Process
+from tta.daemon.store import Store
+from tta.daemon.treatment import Treatment
 from tta.errors import Code, InputError, PreconditionError, TTAError, from_wire
 from tta.versions import SOURCE
-
-if TYPE_CHECKING:
-    from tta.daemon.daemon import Daemon
 
 Reply = dict[str, Any]
 RECENT = 1000  # predictions that `ask` chooses from
 
 
+@dataclass(frozen=True)
 class Control:
-    """Answers control requests; knows the daemon and no socket."""
+    """Answers control requests from the daemon's parts; knows no socket."""
 
-    def __init__(self, daemon: "Daemon") -> None:
-        self._daemon = daemon
+    config: Config
+    manifest: Manifest
+    store: Store
+    labels: LabelBuffer
+    ledger: Ledger
+    metrics: Metrics
+    treatment: Treatment
+    server: ServerLink
+    processes: tuple[Process, ...]
+    ready: Callable[[], bool]
+    log: Logger
 
     def handle(self, frames: list[bytes], respond: Callable[[Reply], None]) -> None:
         """Answer one request, at once or when the server has swapped; errors become codes."""
@@ -46,11 +62,11 @@ class Control:
         except TTAError as error:
             fail(error)
         except Exception as error:  # the client gets a code, the log the traceback
-            self._daemon.log.exception("control_failed", error=str(error))
+            self.log.exception("control_failed", error=str(error))
             fail(error)
 
     def _answer(self, request: protocol.ControlRequest, frames: list[bytes]) -> Reply:
-        treatment = self._daemon.treatment
+        treatment = self.treatment
         match request:
             case protocol.Label():
                 return {"outcomes": self._label(request, frames)}
@@ -78,18 +94,18 @@ class Control:
                 return {"predictions": self._ask(request.n)}
             case protocol.Metadata():
                 return {
-                    "name": self._daemon.bundle.manifest.name,
-                    "classes": self._daemon.bundle.manifest.classes,
+                    "name": self.manifest.name,
+                    "classes": self.manifest.classes,
                 }
             case protocol.Ready():
-                return {"ready": self._daemon.ready()}
+                return {"ready": self.ready()}
             case _:
                 raise InputError(f"{type(request).__name__} is not answered here")
 
     # -- labels -------------------------------------------------------------------------------------------
 
     def _label(self, request: protocol.Label, frames: list[bytes]) -> list[str]:
-        n_classes = self._daemon.bundle.manifest.n_classes
+        n_classes = self.manifest.n_classes
         bad = [label for label in request.labels if not 0 <= label < n_classes]
         if bad:
             raise InputError(f"label {bad[0]} is not a class: the model has 0 to {n_classes - 1}")
@@ -103,7 +119,7 @@ class Control:
                 f"{len(request.prediction_ids)} prediction_ids and {len(values)} labels: send one for each"
             )
         rows, outcomes = [], []
-        ledger = self._daemon.ledger
+        ledger = self.ledger
         for prediction_id, value in zip(request.prediction_ids, values, strict=True):
             entry = ledger.find(prediction_id)
             if entry is None:
@@ -117,12 +133,12 @@ class Control:
         return outcomes
 
     def _label_images(self, request: protocol.Label, frames: list[bytes]) -> list[str]:
-        x = protocol.decode_images(frames, request.dtype, request.shape, self._daemon.bundle.manifest.image_shape)
+        x = protocol.decode_images(frames, request.dtype, request.shape, self.manifest.image_shape)
         if len(request.labels) != len(x) or request.prediction_ids:
             raise InputError(
                 f"{len(x)} images need {len(x)} labels and no prediction_ids, got {len(request.labels)}"
             )
-        treatment = self._daemon.treatment
+        treatment = self.treatment
         # Never predicted, so no prediction id: negative ones cannot collide.
         base = -time.time_ns() // 1000
         rows = [
@@ -135,20 +151,20 @@ class Control:
 
     def _keep(self, rows: list[Labelled], outcomes: list[str]) -> None:
         if rows:
-            self._daemon.labels.add(rows)  # on disk before anybody is told
-            self._daemon.treatment.labelled(rows)
+            self.labels.add(rows)  # on disk before anybody is told
+            self.treatment.labelled(rows)
         for outcome in outcomes:
-            self._daemon.metrics.labels.labels(outcome).inc()
+            self.metrics.labels.labels(outcome).inc()
 
     def _ask(self, n: int) -> list[Reply]:
         """Recent unlabelled predictions most worth a label: uncertain ones, spread over the predicted classes."""
         if n < 1:
             raise InputError(f"n = {n}: ask for at least one")
-        treatment = self._daemon.treatment
+        treatment = self.treatment
         since = treatment.case.onset if treatment.cycle.state is State.DRIFTED else 0
-        labelled = self._daemon.labels.ids_since(since)
+        labelled = self.labels.ids_since(since)
         by_class: dict[int, list[tuple[float, Reply]]] = {}
-        for entry in self._daemon.ledger.since(since, RECENT):
+        for entry in self.ledger.since(since, RECENT):
             if entry.x is None or entry.prediction_id in labelled:
                 continue
             p = np.exp(entry.logits - entry.logits.max())
@@ -175,7 +191,7 @@ class Control:
         answer: Callable[[Reply], None],
         fail: Callable[[BaseException], None],
     ) -> None:
-        treatment = self._daemon.treatment
+        treatment = self.treatment
         if isinstance(request, protocol.Reset):
             version, reason = SOURCE, "reset"
         else:
@@ -193,7 +209,7 @@ class Control:
         treatment.serve(version, reason, then)
 
     def _versions(self) -> list[Reply]:
-        store, case = self._daemon.store, self._daemon.treatment.case
+        store, case = self.store, self.treatment.case
         found: list[Reply] = [{"version": SOURCE, "block": "", "start": "", "serving": case.serving == SOURCE}]
         for number in store.numbers()[1:]:
             manifest = msgspec.to_builtins(store.manifest(number))
@@ -205,12 +221,11 @@ class Control:
 
     def status(self) -> Reply:
         """Everything worth knowing at a glance."""
-        daemon = self._daemon
-        treatment, case = daemon.treatment, daemon.treatment.case
+        treatment, case = self.treatment, self.treatment.case
         watch = treatment.watch
         in_case = case.cause != ""
         return {
-            "name": daemon.bundle.manifest.name,
+            "name": self.manifest.name,
             "state": treatment.cycle.state.value,
             "version": case.serving,
             "regime": case.regime,
@@ -218,13 +233,13 @@ class Control:
                 {"regime": r.number, "version": r.version, "kind": r.kind, "accuracy": round(r.accuracy, 4)}
                 for r in treatment.library.regimes.values()
             ],
-            "mode": daemon.config.mode,
+            "mode": self.config.mode,
             "paused": case.paused,
             "shift": {
                 "cause": case.cause,
                 "onset": case.onset,
                 "kind": case.kind,
-                "labels": daemon.labels.count(case.onset),
+                "labels": self.labels.count(case.onset),
                 "labels_wanted": case.wanted,
                 "proposal": case.proposal,
             }
@@ -237,11 +252,11 @@ class Control:
             "accuracy": treatment.accuracy(),
             "arl": watch.arl,
             "samples": treatment.sequence,
-            "labels_buffered": len(daemon.labels),
+            "labels_buffered": len(self.labels),
             "adapter": treatment.adapter.progress,
             "processes": {
-                p.name: {"pid": p.pid, "ready": p.ready, "restarts": p.restarts} for p in daemon.processes
+                p.name: {"pid": p.pid, "ready": p.ready, "restarts": p.restarts} for p in self.processes
             },
-            "device": daemon.server.hello.get("device", ""),
+            "device": self.server.hello.get("device", ""),
             "events": list(treatment.events)[-20:],
         }

@@ -102,7 +102,19 @@ class Daemon:
         self.store.discard_candidates(keep=self.treatment.case.proposal)
         self.metrics.version.set(self.treatment.case.serving)
         self.metrics.show_state(self.treatment.cycle.state)
-        self.control = Control(self)
+        self.control = Control(
+            config,
+            manifest,
+            self.store,
+            self.labels,
+            self.ledger,
+            self.metrics,
+            self.treatment,
+            self.server,
+            self.processes,
+            self.ready,
+            self.log,
+        )
         self.http = HttpServer(config.daemon.http, self.metrics.registry, self.live, self.ready)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
