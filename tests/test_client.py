@@ -3,13 +3,15 @@
 import asyncio
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
+import zmq
 
 import tta
 import tta.protocol
 from tta.client import AsyncClient, Client
-from tta.errors import DeadlineError, InputError
+from tta.errors import ConfigError, DeadlineError, InputError
 from tta.protocol import Status
 from tta.scenario import DaemonProcess, free_ports
 
@@ -104,3 +106,59 @@ def test_ask_names_unlabelled_predictions_of_every_class(daemon: DaemonProcess, 
 
     assert len({a["predicted"] for a in asked}) >= 8
     assert not {a["prediction_id"] for a in asked} & set(answer.prediction_ids[:20])
+
+
+def test_a_hostile_control_message_harms_nobody(daemon: DaemonProcess, stream: tuple) -> None:
+    """Messages that once ended the daemon get a code, and labels go on."""
+    encode = msgspec.msgpack.encode
+    for frames in (
+        [bytes.fromhex("83a17601a26f70a57265616479a26964c70cff000000000000003afff44180")],
+        [encode({"v": 1, "op": "label", "id": 1, "labels": [1], "shape": [1 << 63, 32, 32, 3]}), b""],
+        [encode({"v": 1, "op": "label", "id": 1, "prediction_ids": [1] * 2000, "labels": [1] * 2000})],
+        [encode({"v": 1, "op": "rollback", "id": 1, "version": 2**64 - 1})],
+        [encode({"v": 1, "op": "ask", "id": 1, "n": -5})],
+        [b""],
+    ):
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(daemon.control)
+            socket.send_multipart(frames)
+            assert socket.poll(10_000), frames[0][:40]
+            assert msgspec.msgpack.decode(socket.recv_multipart()[0])["code"] in (3, 5)
+
+    with daemon.client() as client:
+        answer = client.predict(stream[0][:1])
+        assert client.label(answer.prediction_ids, [1]) == ["joined"]
+
+
+def test_a_label_sent_twice_is_no_new_evidence(daemon: DaemonProcess, stream: tuple) -> None:
+    """The same wrong label repeated forty times raises no alarm and is one label on disk."""
+    with daemon.client() as client:
+        answer = client.predict(stream[0][:1])
+        wrong = [(int(answer.classes[0]) + 1) % 10]
+        for _ in range(40):
+            assert client.label(answer.prediction_ids, wrong) == ["joined"]
+        status = client.status()
+
+    assert (status["state"], status["labels_buffered"]) == ("stable", 1)
+
+
+def test_a_label_always_finds_its_prediction(daemon: DaemonProcess, stream: tuple) -> None:
+    """Labels sent at once after the answer are joined, also while others flood the control socket."""
+    with daemon.client() as client, daemon.client() as busy:
+        outcomes = []
+        for i in range(60):
+            for _ in range(8):
+                busy._socket("control").send_multipart(tta.protocol.encode(Status(id=i)))
+            answer = client.predict(stream[0][i])
+            outcomes += client.label(answer.prediction_ids, [0])
+
+    assert outcomes == ["joined"] * 60
+
+
+def test_an_address_that_is_none_says_how_to_write_one() -> None:
+    """An endpoint without tcp:// is an error with the form to use."""
+    with Client("localhost:5555") as client, pytest.raises(ConfigError, match="tcp://HOST:PORT"):
+        client.predict(np.zeros((1, 4, 4, 3), np.uint8))
+    with Client() as client, pytest.raises(InputError, match="uint8"):
+        client.predict([[1]])

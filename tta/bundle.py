@@ -10,8 +10,10 @@ Knows nothing of torch, onnxruntime or sockets.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,10 +165,23 @@ def _read(root: Path, name: str) -> bytes:
             return archive.read(name)
     except FileNotFoundError as error:
         raise BundleError(
-            f"{root}: {name if root.exists() else 'no bundle'} not found: see `tta package`"
+            f"{root}: {name + ' is missing' if root.exists() else 'no such bundle'}: see `tta package`"
         ) from error
     except (KeyError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise BundleError(f"{root}: {name} cannot be read ({error}): copy or package the bundle again") from error
+
+
+def source_is_importable(source: str) -> bool:
+    """Whether the adapter will find the module of a `module:factory` source; nothing is imported."""
+    module = source.partition(":")[0]
+    if module == "timm":
+        return True
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def write_bundle(path: Path, manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> None:

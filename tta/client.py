@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 
 from tta import protocol
-from tta.errors import Code, DeadlineError, PreconditionError, from_wire
+from tta.errors import Code, ConfigError, DeadlineError, InputError, PreconditionError, from_wire
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 DEFAULT_CONTROL = "tcp://127.0.0.1:5556"
@@ -59,6 +59,9 @@ class Prediction:
 
 
 def _predict_frames(request_id: int, x: Images, deadline_s: float | None, key: str | None) -> list[bytes]:
+    x = np.asarray(x)
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise InputError(f"expected images (N, H, W, C) or (H, W, C) of uint8, got {x.dtype}{x.shape}")
     x = x[None] if x.ndim == 3 else x
     request = protocol.Predict(
         id=request_id, dtype=str(x.dtype), shape=list(x.shape), deadline_s=deadline_s, key=key
@@ -152,7 +155,7 @@ class Client:
         """
         request_id = self.submit(x, deadline_s, key)
         for frames in self._receive("data", self.timeout_s):
-            if protocol.peek(frames[0]).get("id") == request_id:
+            if protocol.reply_id(frames) == request_id:
                 return _prediction(frames)
         raise DeadlineError(f"no answer from {self._endpoints['data']} within {self.timeout_s} s: is tta serving?")
 
@@ -165,7 +168,7 @@ class Client:
     def results(self, timeout_s: float = 0.0) -> Iterator[tuple[int | str, Prediction | Exception]]:
         """Answers that have arrived, in order of arrival, waiting up to `timeout_s` for the first."""
         for frames in self._receive("data", timeout_s, first_only=True):
-            request_id = protocol.peek(frames[0]).get("id", 0)
+            request_id = protocol.reply_id(frames)
             try:
                 yield request_id, _prediction(frames)
             except Exception as error:  # handed to the caller beside the id it belongs to
@@ -227,9 +230,9 @@ class Client:
 
     def _exchange(self, kind: str, message: list[bytes]) -> dict[str, Any]:
         self._socket(kind).send_multipart(message)
-        request_id = protocol.peek(message[0])["id"]
+        request_id = protocol.request_id(message)
         for frames in self._receive(kind, self.timeout_s):
-            if protocol.peek(frames[0]).get("id") == request_id:
+            if protocol.reply_id(frames) == request_id:
                 return _checked(frames)[0]
         raise DeadlineError(f"no answer from {self._endpoints[kind]} within {self.timeout_s} s: is tta serving?")
 
@@ -253,7 +256,11 @@ def _connect(context: Any, endpoint: str, timeout_s: float) -> Any:
     socket.setsockopt(zmq.SNDTIMEO, round(timeout_s * 1000))
     socket.setsockopt(zmq.RCVHWM, 0)  # the client asked for every answer: none is dropped on its side
     socket.setsockopt(zmq.SNDHWM, 0)
-    socket.connect(endpoint)
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigError(f"endpoint {endpoint!r} is no address: write tcp://HOST:PORT or ipc://PATH") from error
     return socket
 
 
@@ -274,7 +281,7 @@ class AsyncClient:
         self._context = zmq.asyncio.Context()
         self._sockets: dict[str, Any] = {}
         self._readers: list[asyncio.Task[None]] = []
-        self._waiting: dict[int, asyncio.Future[list[bytes]]] = {}
+        self._waiting: dict[int | str, asyncio.Future[list[bytes]]] = {}
         self._ids = itertools.count(1)
 
     async def __aenter__(self) -> "AsyncClient":
@@ -340,6 +347,6 @@ class AsyncClient:
     async def _read(self, socket: Any) -> None:
         while True:
             frames = await socket.recv_multipart()
-            answer = self._waiting.get(protocol.peek(frames[0]).get("id", 0))
+            answer = self._waiting.get(protocol.reply_id(frames))
             if answer is not None and not answer.done():
                 answer.set_result(frames)

@@ -5,12 +5,12 @@ Precedence: command line > environment (`TTA_SERVER__MAX_BATCH_SIZE=64`) > YAML 
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -19,6 +19,8 @@ from pydantic_settings import (
 )
 
 from tta.errors import ConfigError
+
+Endpoint = Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")]
 
 # YAML 1.1 reads a bare `off` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
@@ -33,7 +35,7 @@ class Section(BaseModel):
 class ServerConfig(Section):
     """The process that answers predictions."""
 
-    endpoint: str = Field("tcp://127.0.0.1:5555", description="where clients send predictions")
+    endpoint: Endpoint = Field("tcp://127.0.0.1:5555", description="where clients send predictions")
     threads: int = Field(1, ge=1, le=256, description="threads of one inference")
     max_batch_size: int = Field(32, ge=1, le=4096, description="images computed together at most")
     max_wait_s: float = Field(0.001, ge=0, le=1, description="seconds a batch waits to fill")
@@ -49,11 +51,13 @@ class ServerConfig(Section):
 class DaemonConfig(Section):
     """The process that watches and decides."""
 
-    control: str = Field("tcp://127.0.0.1:5556", description="where clients send labels and commands")
+    control: Endpoint = Field("tcp://127.0.0.1:5556", description="where clients send labels and commands")
     http: str = Field("127.0.0.1:9100", description="HOST:PORT of /metrics, /livez and /readyz")
     ledger_bytes: int = Field(256 << 20, ge=1 << 20, description="memory for recent predictions, bytes")
     ledger_age_s: float = Field(3600.0, gt=0, description="seconds a prediction waits for its label")
-    worker_timeout_s: float = Field(60.0, gt=0, description="seconds a process may stay silent")
+    worker_timeout_s: float = Field(
+        60.0, gt=0, description="seconds a process may stay silent before it is killed"
+    )
 
 
 class MonitorConfig(Section):
@@ -63,7 +67,6 @@ class MonitorConfig(Section):
     label_arl: float = Field(2000.0, ge=100, description="labels between two false alarms of the error test")
     error_tolerance: float = Field(0.05, ge=0, lt=1, description="rise of the error rate that is still in order")
     window: int = Field(512, ge=64, description="samples that make a regime's fingerprint")
-    shadow_batch: int = Field(32, ge=1, description="images a request to the shadow")
 
 
 class LabelsConfig(Section):
@@ -77,6 +80,7 @@ class AdaptConfig(Section):
     """Surgery."""
 
     labels: int = Field(192, ge=16, description="labels since the onset before an adaptation starts")
+    max_labels: int = Field(2000, ge=16, description="newest labels that fit, and that judge, at most")
     selection: str = Field("race", description="race, diagnosis, or a block's name")
     blocks: int = Field(2, ge=1, le=16, description="blocks that compete")
     folds: int = Field(2, ge=2, le=10, description="folds of the choice on the fit labels")
@@ -98,7 +102,12 @@ class AdaptConfig(Section):
 class GateConfig(Section):
     """When a candidate may serve, and when it must go."""
 
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of promoting one that is no better")
+    alpha: float = Field(
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="chance of promoting one that is no better, in one shift, over all attempts",
+    )
     rollback_alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of rolling back one that is no worse")
     probation_labels: int = Field(64, ge=1, description="live labels that end probation")
     probation_s: float = Field(60.0, gt=0, description="seconds that end probation without labels")
@@ -109,7 +118,7 @@ class LibraryConfig(Section):
 
     capacity: int = Field(32, ge=1, description="regimes kept besides home")
     recall: Annotated[Literal["immediate", "off"], _Off] = Field(
-        "immediate", description="what a recognised regime leads to"
+        "immediate", description="immediate: serve a returning regime's version; off: only home's"
     )
 
 
@@ -124,7 +133,7 @@ class Config(BaseSettings):
     state: Path = Field(Path("tta-state"), description="folder for versions, labels and state")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="for server, shadow and adapter")
     mode: Annotated[Literal["off", "propose", "auto"], _Off] = Field(
-        "auto", description="watch only; ask before promoting; or act"
+        "auto", description="off: watch only; propose: ask before promoting; auto: act"
     )
     server: ServerConfig = ServerConfig()
     daemon: DaemonConfig = DaemonConfig()
@@ -133,6 +142,23 @@ class Config(BaseSettings):
     adapt: AdaptConfig = AdaptConfig()
     gate: GateConfig = GateConfig()
     library: LibraryConfig = LibraryConfig()
+
+    @model_validator(mode="after")
+    def _labels_fit_the_buffer(self) -> "Config":
+        if self.labels.capacity < 2 * self.adapt.labels:
+            capacity, wanted = self.labels.capacity, self.adapt.labels
+            raise ValueError(f"labels.capacity = {capacity} must be at least twice adapt.labels = {wanted}")
+        return self
+
+    def check_model(self, blocks: Sequence[str]) -> None:
+        """Check what depends on the model.
+
+        Raises:
+            ConfigError: `adapt.selection` names no block of it.
+        """
+        if self.adapt.selection not in ("race", "diagnosis", *blocks):
+            known = ", ".join(("race", "diagnosis", *blocks))
+            raise ConfigError(f"adapt.selection = {self.adapt.selection!r}: write one of {known}")
 
     @classmethod
     def settings_customise_sources(
@@ -166,7 +192,8 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
         try:
             loaded = yaml.safe_load(path.read_text()) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{path} cannot be read: {reason}") from error
         if not isinstance(loaded, dict):
             raise ConfigError(f"{path}: expected settings as KEY: VALUE, got {type(loaded).__name__}")
     nested: dict[str, Any] = {}
@@ -175,7 +202,10 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
         target = nested
         for section in sections:
             target = target.setdefault(section, {})
-        target[key] = yaml.safe_load(value) if isinstance(value, str) else value
+        try:
+            target[key] = yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{name}={value}: the value is not YAML") from error
     try:
         return Config(_file=loaded, **nested)  # type: ignore[call-arg]
     except ValidationError as error:
@@ -184,6 +214,8 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
 
 def _explain(where: str, error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
+    if not name:
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, known_keys(), n=1, cutoff=0.5)
         return f"{where}: unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else "")

@@ -56,6 +56,8 @@ def find_images(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not found:
         raise InputError(f"no pictures ({', '.join(SUFFIXES)}) in {path}")
@@ -102,7 +104,8 @@ def _read_npz(path: Path, image_shape: Sequence[int]) -> tuple[Array, Array, lis
             x, y = np.asarray(data["x"]), np.asarray(data["y"], np.int64)
             classes = [str(c) for c in data["classes"]] if "classes" in data else []
     except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not an .npz with arrays x and y: {error}") from error
+        reason = "it needs numeric arrays x and y, without pickled objects"
+        raise InputError(f"{path} is not a usable .npz ({type(error).__name__}): {reason}") from error
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != tuple(image_shape):
         raise InputError(
             f"{path}: expected x of shape (N, {', '.join(map(str, image_shape))}) uint8, got {x.dtype}{x.shape}"
@@ -110,5 +113,6 @@ def _read_npz(path: Path, image_shape: Sequence[int]) -> tuple[Array, Array, lis
     if y.shape != (len(x),) or len(x) == 0 or y.min() < 0:
         raise InputError(
             f"{path}: y must hold one class index >= 0 for each of {len(x)} images, got shape {y.shape}"
+            + (f" with {y.min()}" if y.size and y.min() < 0 else "")
         )
     return x, y, classes or [str(i) for i in range(int(y.max()) + 1)]

@@ -5,6 +5,7 @@ row-major and unpadded (the rules of KServe v2's raw tensors); their dtype and s
 
     data socket      predict | cancel | metadata | ready                       → one reply a request
     control socket   label | status | versions | rollback | reset | pause | resume | adapt | approve | ask
+                     | metadata | ready
 
     predict  → {v:1, op:"predict", id, dtype:"uint8", shape:[N,H,W,C], deadline_s?, key?} + image bytes
     ←          {v:1, id, code:0, version, prediction_id, credit, queue_s, compute_s, shape:[N,K]} + float32 logits
@@ -15,8 +16,9 @@ others follow by one; a label refers to it later. Unknown header fields are igno
 added within a version. Decoding goes: frame count, version, operation, sizes, content.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,17 +27,21 @@ import numpy.typing as npt
 from tta.errors import Code, InputError, ProtocolError, TTAError
 
 PROTOCOL_VERSION = 1
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 16
+MAX_ID_CHARS = 256
 DTYPES = ("uint8", "float32")
 
 Array = npt.NDArray[Any]
+
+
+RequestId = int | Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
 
 
 class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Fields every request has."""
 
     v: int = PROTOCOL_VERSION
-    id: int | str = 0
+    id: RequestId = 0
 
 
 class Predict(Request, tag_field="op", tag="predict", omit_defaults=True, kw_only=True):
@@ -45,7 +51,7 @@ class Predict(Request, tag_field="op", tag="predict", omit_defaults=True, kw_onl
         dtype: "uint8".
         shape: (N, H, W, C).
         deadline_s: drop the request unless it can start within this many seconds of its arrival.
-        key: who sent it (camera, client), for scoping.
+        key: who sent it (camera, client); taken, and not used yet.
     """
 
     dtype: str
@@ -127,7 +133,10 @@ ControlRequest = (
 
 _R = TypeVar("_R", bound=Request)
 _encoder = msgspec.msgpack.Encoder()
-_envelope = msgspec.msgpack.Decoder(dict[str, Any])
+_envelope = msgspec.msgpack.Decoder(Request)
+_reply = msgspec.msgpack.Decoder(dict[str, Any])
+# msgspec lets some errors of its own conversions through: a time stamp of the year 10000 is a ValueError.
+_UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 _data = msgspec.msgpack.Decoder(DataRequest)
 _control = msgspec.msgpack.Decoder(ControlRequest)
 
@@ -167,10 +176,10 @@ def _decode(frames: Sequence[bytes], decoder: "msgspec.msgpack.Decoder[_R]") -> 
         raise ProtocolError(f"header of {len(frames[0])} bytes; at most {MAX_HEADER_BYTES} are read")
     try:
         request = decoder.decode(frames[0])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        envelope = peek(frames[0])
-        if envelope.get("v", PROTOCOL_VERSION) != PROTOCOL_VERSION:
-            raise _version_error(envelope["v"]) from error
+    except _UNDECODABLE as error:
+        envelope = _peek(frames[0])
+        if envelope.v != PROTOCOL_VERSION:
+            raise _version_error(envelope.v) from error
         raise ProtocolError(f"header is not a request of protocol {PROTOCOL_VERSION}: {error}") from error
     check_version(request.v)
     return request
@@ -190,12 +199,21 @@ def _version_error(v: object) -> ProtocolError:
     return ProtocolError(f"protocol version {v!r} is not spoken here; send v={PROTOCOL_VERSION}")
 
 
-def peek(header: bytes) -> dict[str, Any]:
-    """Whatever of a header can be read, so that even a bad request is answered with its own `id`."""
+def _peek(header: bytes) -> Request:
     try:
         return _envelope.decode(header)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
+    except _UNDECODABLE:
+        return Request()
+
+
+def request_id(frames: Sequence[bytes]) -> int | str:
+    """The `id` of a request, as far as it can be read: even a bad request is answered with its own."""
+    return _peek(frames[0]).id if frames and len(frames[0]) <= MAX_HEADER_BYTES else 0
+
+
+def reply_id(frames: Sequence[bytes]) -> int | str:
+    """The `id` of a reply, by which a client finds the request it answers."""
+    return _peek(frames[0]).id if frames else 0
 
 
 def decode_images(frames: Sequence[bytes], dtype: str, shape: Sequence[int], image_shape: Sequence[int]) -> Array:
@@ -222,7 +240,7 @@ def decode_images(frames: Sequence[bytes], dtype: str, shape: Sequence[int], ima
     if len(shape) != 4 or tuple(shape[1:]) != tuple(image_shape) or shape[0] < 1:
         hint = ": send channels last" if sorted(shape[1:]) == sorted(image_shape) else ""
         raise InputError(f"expected shape {want} with N >= 1, got {tuple(shape)}{hint}")
-    size = int(np.prod(shape, dtype=np.int64))
+    size = math.prod(shape)  # not numpy's, which wraps around
     if len(frames[1]) != size:
         raise ProtocolError(f"payload has {len(frames[1])} bytes, shape {tuple(shape)} of uint8 needs {size}")
     return np.frombuffer(frames[1], np.uint8).reshape(shape)
@@ -236,9 +254,10 @@ def decode_reply(frames: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
     """
     if not frames:
         raise ProtocolError("empty reply")
-    header = peek(frames[0])
-    if not header:
-        raise ProtocolError("reply header is not a msgpack map")
+    try:
+        header = _reply.decode(frames[0])
+    except _UNDECODABLE as error:
+        raise ProtocolError(f"reply header is not a msgpack map: {error}") from error
     check_version(header.get("v", -1))
     return header, list(frames[1:])
 

@@ -138,18 +138,18 @@ def test_a_version_that_does_not_verify_is_not_served(tmp_path: Path) -> None:
     """After a file is damaged the newest version that verifies is the source."""
     store = Store(tmp_path, "hash")
     version = store.write(*delta(), "block1", "source", 0.0, {}, {"outcome": "accepted"})
-    assert store.newest(version) == version == 1
+    assert store.verified(version) == version == 1
 
     (tmp_path / "versions" / "000001" / "delta.safetensors").write_bytes(b"\0" * 80)
 
-    assert store.newest(version) == 0
+    assert store.verified(version) == 0
 
 
 def test_a_version_of_another_bundle_is_not_served(tmp_path: Path) -> None:
     """A version made for another model is never taken."""
     version = Store(tmp_path, "one").write(*delta(), "head", "source", 0.0, {}, {})
 
-    assert Store(tmp_path, "two").newest(version) == 0
+    assert Store(tmp_path, "two").verified(version) == 0
 
 
 def test_a_number_is_never_used_again(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_candidates_left_by_a_crash_are_dropped(tmp_path: Path) -> None:
     good = store.write(*delta(), "head", "source", 0.0, {}, {"outcome": "accepted"})
     store.write(*delta(), "head", "source", 0.0, {}, {})
 
-    store.discard_candidates(keep=0)
+    store.discard_candidates()
 
     assert store.numbers() == [0, good]
 

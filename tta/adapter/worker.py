@@ -1,7 +1,7 @@
-"""`python -m tta.adapter.worker BUNDLE WORKERS DEVICE NICE THREADS`: the adapter process.
+"""`python -m tta.adapter.worker BUNDLE WORKERS DEVICE NICE PARENT THREADS`: the adapter process.
 
 The daemon writes a request folder (`request.json`, `arrays.safetensors`) and names it; the adapter writes the
-candidate beside it (`delta`, `probe`, `report.json`) and names that. Cancelling is killing it.
+candidate beside it (`delta`, `probe`) and reports. Cancelling is killing it.
 """
 
 import json
@@ -106,8 +106,8 @@ class Surgeon:
 
 def main() -> int:
     """Serve the daemon until it goes away or kills us."""
-    bundle, workers, device, nice, threads = sys.argv[1:6]
-    become_worker(int(nice))
+    bundle, workers, device, nice, parent, threads = sys.argv[1:7]
+    become_worker(int(nice), int(parent))
     torch.set_num_threads(int(threads))
     logger = log.setup("adapter")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import version as distribution_version
+from typing import Annotated
 
 import typer
 
@@ -12,16 +13,24 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Serve a vision classifier, watch for shift, operate on one block, prove it, hot-swap it.",
 )
 for module in (demo, package, check, serve, predict, label, ask, status, versions, operate):
     module.register(app)
 
 
-@app.command("version")
-def show_version() -> None:
-    """Print the version of tta."""
-    typer.echo(distribution_version("tta-daemon"))
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(distribution_version("tta-daemon"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve a vision classifier, watch for shift, operate on one block, prove it, hot-swap it."""
 
 
 def main() -> None:
@@ -34,7 +43,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         extra = "adapt" if error.name in ("torch", "timm", "kornia", "onnx", "onnxscript") else "serve"
         extra = "all" if error.name in ("sklearn", "matplotlib") else extra
-        print(f"tta: {error.name} is not installed: pip install 'tta-daemon[{extra}]'", file=sys.stderr)
+        hint = f"install tta with its [{extra}] extra, as in pip install '.[{extra}]'"
+        print(f"tta: {error.name} is not installed: {hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -26,6 +26,8 @@ def ask(
         classes = client.call(Metadata())["classes"]
     if as_json:
         print_json(predictions)
+    elif not predictions:
+        print("no recent prediction with an image waits for a label")
     else:
         rows = [[p["prediction_id"], classes[p["predicted"]], p["uncertainty"]] for p in predictions]
         print_table(["prediction id", "predicted", "uncertainty"], rows)

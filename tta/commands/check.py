@@ -24,7 +24,7 @@ def check(
     """Load configuration and bundle, build and warm the model, predict the anchor set, exit."""
     import numpy as np
 
-    from tta.bundle import load_bundle
+    from tta.bundle import load_bundle, source_is_importable
     from tta.config import load_config
     from tta.server.predictor import Predictor
 
@@ -33,6 +33,8 @@ def check(
         overrides["bundle"] = bundle
     c = load_config(config, overrides)
     loaded = load_bundle(c.bundle)
+    c.check_model([b.name for b in loaded.manifest.blocks])
+    importable = source_is_importable(loaded.manifest.source)
     start = time.perf_counter()
     predictor = Predictor(loaded, c.device, c.server.threads, c.server.max_batch_size)
     predictor.activate(predictor.prepare())
@@ -49,6 +51,7 @@ def check(
         "warm_up_s": round(warm_s, 3),
         "anchor_accuracy": round(right / len(x), 4),
         "blocks": [b.name for b in loaded.manifest.blocks],
+        "can_adapt": importable,
         "finite": bool(all(np.isfinite(w).all() for w in loaded.weights.values())),
     }
     if as_json:
@@ -58,3 +61,6 @@ def check(
             f"ok: {result['name']} on {result['device']}, warm in {warm_s:.2f} s, "
             f"{100 * right / len(x):.1f} % on the anchor set"
         )
+        if not importable:
+            source = loaded.manifest.source
+            print(f"warning: {source!r} cannot be imported from here, so nothing can be adapted: set PYTHONPATH")

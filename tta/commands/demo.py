@@ -82,8 +82,9 @@ def _prepare_model(bundle: Path, quiet: bool) -> None:
     except BundleError:
         bundle.unlink(missing_ok=True)
     from tta.packaging import Recipe, package
-    from tta.packaging.digits import IMAGE_SHAPE, KWARGS, SOURCE, digits, train
+    from tta.packaging.digits import IMAGE_SHAPE, KWARGS, SOURCE, digits, train, write_pictures
 
+    write_pictures(bundle.parent / "pictures", 20)
     with Progress(console=progress_console, disable=quiet) as bar:
         training = bar.add_task("train a small ResNet on digits", total=None)
         model = train(TRAIN_EPOCHS, 0, lambda step, steps: bar.update(training, completed=step, total=steps))

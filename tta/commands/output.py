@@ -18,7 +18,7 @@ ControlEndpoint = Annotated[
     str, typer.Option("--control", envvar="TTA_CONTROL", help="Where the daemon takes commands.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Timeout = Annotated[float, typer.Option("--timeout-s", help="Seconds to wait for an answer.")]
+Timeout = Annotated[float, typer.Option("--timeout-s", min=0.0, help="Seconds to wait for an answer.")]
 ENDPOINT, CONTROL = DEFAULT_ENDPOINT, DEFAULT_CONTROL
 
 console = Console()

@@ -37,9 +37,9 @@ def package(
     ] = None,
     std: Annotated[str | None, typer.Option(help="Per-channel standard deviation, comma-separated.")] = None,
     resize: Annotated[str, typer.Option(help="How clients bring pictures to size: crop or stretch.")] = "crop",
-    arl: Annotated[float, typer.Option(help="Samples between two false alarms.")] = 20_000.0,
+    arl: Annotated[float, typer.Option(min=100, help="Samples between two false alarms.")] = 20_000.0,
     name: Annotated[str | None, typer.Option(help="Name of the model; default: the bundle's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Make a bundle: graph, weights, blocks, reference statistics, thresholds, anchor set."""
@@ -54,6 +54,8 @@ def package(
         arguments = json.loads(kwargs)
     except ValueError as error:
         raise ConfigError(f"--kwargs {kwargs!r} is not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ConfigError(f'--kwargs {kwargs!r}: write a JSON object, as in {{"num_classes": 10}}')
     model = build_model(source, arguments)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
@@ -82,6 +84,10 @@ def package(
         warnings.append(f"{m.n_reference} reference images: thresholds are rough under about 2,000")
     if m.source.partition(":")[0] != "timm":
         warnings.append(f"the adapter imports {m.source!r}: it must be importable where tta serves (PYTHONPATH)")
+    if m.reference_accuracy < 0.6:
+        warnings.append(
+            f"{100 * m.reference_accuracy:.1f} % on the reference: are --mean, --std, classes, checkpoint right?"
+        )
     if checkpoint is None:
         warnings.append("no --checkpoint: the weights are random")
     if as_json:
@@ -125,7 +131,11 @@ def _preprocessing(
         means = [float(v) for v in mean.split(",")] if mean else list(config.get("mean", [0.0] * channels))
         stds = [float(v) for v in std.split(",")] if std else list(config.get("std", [1.0] * channels))
     except ValueError as error:
-        raise ConfigError(f"--image-size, --mean or --std cannot be read: {error}") from error
+        raise ConfigError(
+            f"--image-size (HxW), --mean or --std (comma-separated) cannot be read: {error}"
+        ) from error
+    if min(height, width) < 1:
+        raise ConfigError(f"--image-size {image_size}: write HxW, as in 224x224")
     if not len(means) == len(stds) == channels or min(stds) <= 0:
         raise ConfigError(f"--mean and --std need {channels} numbers each, std above 0")
     return (height, width, channels), means, stds

@@ -1,5 +1,6 @@
 """`tta predict`: classify pictures."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 
 from tta.client import Client
 from tta.commands.output import CONTROL, ENDPOINT, Endpoint, Json, Timeout, print_json, print_table
+from tta.errors import InputError
 
 BATCH = 16
 
@@ -28,14 +30,24 @@ def predict(
     from tta.images import find_images, read_image
 
     files = [f for path in paths for f in find_images(path)]
+    unreadable = 0
     rows: list[dict[str, Any]] = []
     with Client(endpoint, CONTROL, timeout_s) as client:
         about = client.metadata()
         shape = about["inputs"][0]["shape"][1:]
         for start in range(0, len(files), BATCH):
             batch = files[start : start + BATCH]
-            x = np.stack([read_image(f, shape, about["resize"]) for f in batch])
-            answer = client.predict(x)
+            images = []
+            for file in list(batch):
+                try:
+                    images.append(read_image(file, shape, about["resize"]))
+                except InputError as error:  # one broken file does not stop a folder
+                    print(f"tta: {error}", file=sys.stderr)
+                    batch.remove(file)
+                    unreadable += 1
+            if not batch:
+                continue
+            answer = client.predict(np.stack(images))
             p = np.exp(answer.logits - answer.logits.max(axis=1, keepdims=True))
             p /= p.sum(axis=1, keepdims=True)
             for i, file in enumerate(batch):
@@ -57,3 +69,5 @@ def predict(
             ["file", "class", "confidence", "prediction id", "version"],
             [[r["file"], r["class"], r["confidence"], r["prediction_id"], r["version"]] for r in rows],
         )
+    if unreadable:
+        raise typer.Exit(1)

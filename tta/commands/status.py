@@ -8,7 +8,7 @@ from tta.client import Client
 from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, console, print_json
 
 BAR = 20
-WIDTH = 96  # characters of an event's line
+WIDTH = 78  # characters of an event's line
 DETAILS = (  # of an event, worth a person's glance; the log has all
     "cause",
     "kind",

@@ -49,7 +49,7 @@ def rollback(
 
 
 def reset(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 60.0, as_json: Json = False) -> None:
-    """Serve the source model again and watch from home; pause first if it should stay so."""
+    """Serve the source model again, forget the cure it leaves, and watch from home."""
     with Client(ENDPOINT, control, timeout_s) as client:
         now = client.call(Reset())["version"]
     print_json({"version": now}) if as_json else print(f"serving version {now}")

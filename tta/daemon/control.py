@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -24,6 +24,8 @@ from tta.errors import Code, InputError, PreconditionError, TTAError, from_wire
 from tta.versions import SOURCE
 
 Reply = dict[str, Any]
+MAX_LABELS = 1024  # in one request
+MAX_ASKED = 100_000
 RECENT = 1000  # predictions that `ask` chooses from
 
 
@@ -42,10 +44,11 @@ class Control:
     processes: tuple[Process, ...]
     ready: Callable[[], bool]
     log: Logger
+    asked: dict[int, None] = field(default_factory=dict)  # predictions named by `ask`, oldest first
 
     def handle(self, frames: list[bytes], respond: Callable[[Reply], None]) -> None:
         """Answer one request, at once or when the server has swapped; errors become codes."""
-        request_id: Any = protocol.peek(frames[0]).get("id") if frames else None
+        request_id = protocol.request_id(frames)
 
         def answer(reply: Reply) -> None:
             respond({"v": protocol.PROTOCOL_VERSION, "id": request_id, "code": int(Code.OK), **reply})
@@ -75,16 +78,10 @@ class Control:
             case protocol.Versions():
                 return {"versions": self._versions()}
             case protocol.Pause():
-                treatment.case.paused = True
-                treatment.adapter.cancel()
-                treatment.record("paused")
-                treatment.resume_cycle_after_pause()
-                treatment.save()
+                treatment.pause()
                 return {"paused": True}
             case protocol.Resume():
-                treatment.case.paused = False
-                treatment.record("resumed")
-                treatment.save()
+                treatment.resume()
                 return {"paused": False}
             case protocol.Adapt():
                 return {"labels": treatment.adapt_now()}
@@ -118,6 +115,8 @@ class Control:
             raise InputError(
                 f"{len(request.prediction_ids)} prediction_ids and {len(values)} labels: send one for each"
             )
+        if len(values) > MAX_LABELS:
+            raise InputError(f"{len(values)} labels in one request: at most {MAX_LABELS} are taken")
         rows, outcomes = [], []
         ledger = self.ledger
         for prediction_id, value in zip(request.prediction_ids, values, strict=True):
@@ -127,13 +126,16 @@ class Control:
                 continue
             predicted = int(entry.logits.argmax())
             label = value if request.labels else predicted if value else None
-            rows.append(Labelled(prediction_id, entry.sequence, entry.version, label, predicted, entry.x))
+            asked = prediction_id in self.asked
+            rows.append(Labelled(prediction_id, entry.sequence, entry.version, label, predicted, entry.x, asked))
             outcomes.append("joined" if entry.x is not None else "no_input")
         self._keep(rows, outcomes)
         return outcomes
 
     def _label_images(self, request: protocol.Label, frames: list[bytes]) -> list[str]:
         x = protocol.decode_images(frames, request.dtype, request.shape, self.manifest.image_shape)
+        if len(x) > MAX_LABELS:
+            raise InputError(f"{len(x)} images in one request: at most {MAX_LABELS} are taken")
         if len(request.labels) != len(x) or request.prediction_ids:
             raise InputError(
                 f"{len(x)} images need {len(x)} labels and no prediction_ids, got {len(request.labels)}"
@@ -151,8 +153,7 @@ class Control:
 
     def _keep(self, rows: list[Labelled], outcomes: list[str]) -> None:
         if rows:
-            self.labels.add(rows)  # on disk before anybody is told
-            self.treatment.labelled(rows)
+            self.treatment.labelled(self.labels.add(rows))  # on disk before anybody is told
         for outcome in outcomes:
             self.metrics.labels.labels(outcome).inc()
 
@@ -181,7 +182,11 @@ class Control:
             if rank < len(q)
             for _, reply in [q[rank]]
         ]
-        return ranked[:n]
+        chosen = ranked[:n]
+        self.asked.update((reply["prediction_id"], None) for reply in chosen)
+        while len(self.asked) > MAX_ASKED:
+            del self.asked[next(iter(self.asked))]
+        return chosen
 
     # -- versions -----------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.DRIFTED, E.ENOUGH_LABELS): (S.ADAPTING, (A.ADAPT,)),
     (S.DRIFTED, E.ACCEPTED): (S.PROBATION, (A.SWAP,)),  # a proposal the operator approves
     (S.DRIFTED, E.OPERATOR): (S.STABLE, (A.WATCH,)),
+    (S.DRIFTED, E.SWAP_FAILED): (S.DRIFTED, (A.AWAIT_LABELS,)),  # not even the source could be served
     (S.ADAPTING, E.KNOWN): (S.PROBATION, (A.CANCEL, A.RECALL)),
     (S.ADAPTING, E.QUIET): (S.STABLE, (A.CANCEL, A.WATCH)),
     (S.ADAPTING, E.ACCEPTED): (S.PROBATION, (A.SWAP,)),
@@ -73,7 +74,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.ADAPTING, E.OPERATOR): (S.STABLE, (A.CANCEL, A.WATCH)),
     (S.PROBATION, E.KNOWN): (S.PROBATION, (A.RECALL,)),
     (S.PROBATION, E.CONFIRMED): (S.STABLE, (A.REMEMBER, A.WATCH)),
-    (S.PROBATION, E.DISAGREED): (S.DRIFTED, (A.ROLL_BACK, A.AWAIT_LABELS)),
+    (S.PROBATION, E.DISAGREED): (S.DRIFTED, (A.AWAIT_LABELS, A.ROLL_BACK)),
     (S.PROBATION, E.SWAP_FAILED): (S.DRIFTED, (A.AWAIT_LABELS,)),
     (S.PROBATION, E.OPERATOR): (S.STABLE, (A.WATCH,)),
 }

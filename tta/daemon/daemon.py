@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from tta.bundle import load_bundle
+from tta.bundle import load_bundle, source_is_importable
 from tta.config import Config
 from tta.daemon.control import Control, Reply
 from tta.daemon.http import HttpServer
@@ -23,6 +23,7 @@ from tta.daemon.ledger import Entry, Ledger
 from tta.daemon.library import Library
 from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink
 from tta.daemon.metrics import Metrics
+from tta.daemon.operation import Operation
 from tta.daemon.processes import Logger, Process, is_alive, runtime_folder
 from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
@@ -54,6 +55,7 @@ class Daemon:
         self.log = log
         self.should_exit = False
         self._ticked = time.monotonic()
+        self._started = False
 
     # -- startup ------------------------------------------------------------------------------------------
 
@@ -66,6 +68,9 @@ class Daemon:
         config = self.config
         self.bundle = load_bundle(config.bundle)
         manifest = self.bundle.manifest
+        config.check_model([b.name for b in manifest.blocks])
+        if not source_is_importable(manifest.source):
+            self.log.warning("source_not_importable", source=manifest.source, consequence="cannot adapt")
         self.store = Store(config.state, self.bundle.sha256)
         self._lock()
         self.run_folder = runtime_folder(config.state)
@@ -84,6 +89,16 @@ class Daemon:
         self.metrics.arl.set(watch.arl)
         self._bind()
         self._make_processes()
+        operation = Operation(
+            config,
+            self.store,
+            self.labels,
+            self.ledger,
+            self.metrics,
+            self.shadow,
+            self.adapter,
+            self.run_folder / "work",
+        )
         self.treatment = Treatment(
             config,
             self.store,
@@ -95,11 +110,13 @@ class Daemon:
             self.shadow,
             self.server,
             self.adapter,
-            self.run_folder / "work",
+            operation,
             self.log,
         )
+        for entry, why in self.library.damaged.items():
+            self.log.error("regime_forgotten", entry=entry, error=why)
         self.treatment.restore()
-        self.store.discard_candidates(keep=self.treatment.case.proposal)
+        self.store.discard_candidates()
         self.metrics.version.set(self.treatment.case.serving)
         self.metrics.show_state(self.treatment.cycle.state)
         self.control = Control(
@@ -120,6 +137,7 @@ class Daemon:
             signal.signal(signum, self._on_signal)
         self._start_or_adopt_server()
         self.shadow.process.start()
+        self._started = True
         self.log.info(
             "daemon_ready",
             pid=os.getpid(),
@@ -172,11 +190,12 @@ class Daemon:
     def _make_processes(self) -> None:
         c = self.config
         bundle, workers, nice = str(c.bundle.resolve()), self._ipc("workers"), str(c.adapt.nice)
+        pid = str(os.getpid())
         server = Process("server", self._server_argv, self.log, detached=True)
-        shadow = Process("shadow", lambda: ["-m", "tta.shadow", bundle, workers, c.device, nice], self.log)
+        shadow = Process("shadow", lambda: ["-m", "tta.shadow", bundle, workers, c.device, nice, pid], self.log)
         adapter = Process(
             "adapter",
-            lambda: ["-m", "tta.adapter.worker", bundle, workers, c.device, nice, str(c.adapt.threads)],
+            lambda: ["-m", "tta.adapter.worker", bundle, workers, c.device, nice, pid, str(c.adapt.threads)],
             self.log,
             keep=False,
         )
@@ -216,14 +235,12 @@ class Daemon:
         server = self.server
         self._await_hello(ADOPT_S if Path(self._ipc("server").removeprefix("ipc://")).exists() else 0.0)
         if server.hello:
-            theirs = msgspec.convert(server.hello["options"], ServerOptions)
-            if server.hello["bundle_sha256"] == self.bundle.sha256 and theirs.same_service(self._server_options()):
+            if self._is_ours(server.hello):
                 server.process.adopt(server.hello["pid"])
-                self._agree_on_version()
                 return
             self.log.info("server_replaced", pid=server.hello["pid"])
             server.drain()
-            end = time.monotonic() + theirs.drain_s + 2
+            end = time.monotonic() + self.config.server.drain_s + 2
             while time.monotonic() < end and is_alive(server.hello["pid"]):
                 self._poller.poll(POLL_MS)
             server.hello = {}
@@ -235,12 +252,13 @@ class Daemon:
             server.process.stop(1.0)
             raise ConfigError(f"the server did not start: {why}")
 
-    def _agree_on_version(self) -> None:
-        """An adopted server may have flipped just before the daemon died: the state file decides."""
-        version = self.treatment.case.serving
-        if self.server.hello["version"] != version:
-            self.log.warning("server_version_differs", server=self.server.hello["version"], state=version)
-            self.server.swap(version, self.store.folder(version), lambda reply: None)
+    def _is_ours(self, hello: dict[str, Any]) -> bool:
+        """Whether a running server is the one we would start; one of another release never is."""
+        try:
+            theirs = msgspec.convert(hello["options"], ServerOptions)
+        except (msgspec.ValidationError, KeyError):
+            return False
+        return bool(hello["bundle_sha256"] == self.bundle.sha256 and theirs.same_service(self._server_options()))
 
     def _await_hello(self, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
@@ -276,8 +294,8 @@ class Daemon:
             if now - beat >= BEAT_S:
                 beat = now
                 self._supervise(now)
+                self.treatment.tick()
                 self._refresh_metrics()
-            self.treatment.tick()
             if now - saved >= SAVE_S:
                 saved = now
                 self.treatment.save()
@@ -288,7 +306,11 @@ class Daemon:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            handle(frames)
+            try:
+                handle(frames)
+            except (msgspec.MsgspecError, LookupError, ValueError, TypeError) as error:
+                # No message ends the daemon, not even one of our own that we misunderstand.
+                self.log.exception("message_refused", error=str(error))
 
     def _observe(self, frames: list[bytes]) -> None:
         header = msgspec.msgpack.decode(frames[0])
@@ -348,6 +370,8 @@ class Daemon:
             self.adapter.handle(header, time.monotonic())
 
     def _obey(self, frames: list[bytes]) -> None:
+        # A label must find its prediction, also behind a burst of other requests.
+        self._drain(self._observations, self._observe)
         identity = frames[0]
 
         def respond(reply: Reply) -> None:
@@ -371,21 +395,29 @@ class Daemon:
             self.treatment.record("process_died", process=process.name)
             if process.name == "adapter":
                 self.adapter.died()
-        if (
-            server.process.ready
-            and server.last_seen
-            and now - server.last_seen > self.config.daemon.worker_timeout_s
-        ):
-            self.log.error("server_hung", silent_s=round(now - server.last_seen, 1))
-            server.last_seen = now
-            server.process.stop(0.0, signal.SIGKILL)
-            server.process.start()
+        self._kill_what_hangs(now)
+        if server.hello and server.process.ready:
+            self.treatment.reconcile(server.hello["version"])
         idle = self.adapter.idle_since
         needed = self.adapter.busy or self.treatment.cycle.state.value in ("drifted", "adapting")
         if idle is not None and not needed and now - idle > ADAPTER_IDLE_S:
             self.adapter.idle_since = None
             self.adapter.process.stop(0.0)
             self.log.info("adapter_idle_stopped")
+
+    def _kill_what_hangs(self, now: float) -> None:
+        """A process that is silent for too long is killed; it is then found dead and started again."""
+        limit = self.config.daemon.worker_timeout_s
+        silent_s = now - self.server.last_seen if self.server.process.ready and self.server.last_seen else 0.0
+        for link, seconds, allowed in (
+            (self.server, silent_s, limit),
+            (self.shadow, self.shadow.oldest_s(now), limit),
+            (self.adapter, self.adapter.busy_s(now), self.config.adapt.budget_s + limit),
+        ):
+            if seconds > allowed:
+                self.log.error("process_hung", name=link.process.name, seconds=round(seconds, 1))
+                self.server.last_seen = now
+                link.process.kill()
 
     def _refresh_metrics(self) -> None:
         m, treatment = self.metrics, self.treatment
@@ -414,8 +446,9 @@ class Daemon:
         Args:
             stop_server: False leaves it serving, for the next daemon to adopt.
         """
-        self.log.info("daemon_draining", stop_server=stop_server)
-        if hasattr(self, "treatment"):
+        if self._started:
+            self.log.info("daemon_draining", stop_server=stop_server)
+        if self._started:
             self.treatment.save()
         for process in reversed(getattr(self, "processes", ())):
             process.keep = False
@@ -429,7 +462,8 @@ class Daemon:
             self.labels.close()
         if hasattr(self, "context"):
             self.context.destroy(linger=500)
-        self.log.info("daemon_stopped")
+        if self._started:
+            self.log.info("daemon_stopped")
 
 
 def serve(config: Config, log: Logger) -> int:

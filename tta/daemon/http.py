@@ -9,6 +9,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from tta.errors import ConfigError
 
 
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A scraper that hangs up is no event."""
+
+
 class HttpServer:
     """The daemon's HTTP port.
 
@@ -26,6 +34,8 @@ class HttpServer:
         self, address: str, registry: CollectorRegistry, live: Callable[[], bool], ready: Callable[[], bool]
     ) -> None:
         class Handler(BaseHTTPRequestHandler):
+            timeout = 5  # seconds for a client to finish its request
+
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 if path == "/metrics":
@@ -48,11 +58,10 @@ class HttpServer:
 
         host, _, port = address.rpartition(":")
         try:
-            self._server = ThreadingHTTPServer((host or "127.0.0.1", int(port)), Handler)
+            self._server = _QuietServer((host or "127.0.0.1", int(port)), Handler)
         except (OSError, ValueError, OverflowError) as error:
             raise ConfigError(f"daemon.http = {address!r} cannot be bound: {error}") from error
         self.port = self._server.server_address[1]
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
         self._thread.start()
 

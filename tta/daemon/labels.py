@@ -26,9 +26,11 @@ CREATE TABLE IF NOT EXISTS labels (
     label INTEGER,              -- NULL: known to be wrong, but not what would be right
     predicted INTEGER NOT NULL, -- -1: given with the image, never predicted
     fit INTEGER NOT NULL,       -- 1: fits a candidate, 0: judges it
+    asked INTEGER NOT NULL,     -- 1: we asked for it, so it is no random sample
     x BLOB
 );
 CREATE INDEX IF NOT EXISTS by_sequence ON labels (sequence);
+CREATE INDEX IF NOT EXISTS usable ON labels (sequence, fit) WHERE label IS NOT NULL AND x IS NOT NULL;
 """
 
 
@@ -40,6 +42,7 @@ class Labelled:
         label: class index, or None if only "wrong" is known.
         predicted: class the serving version answered; -1 if the image came with the label.
         x: (H, W, C) uint8, or None.
+        asked: we asked for this label because the prediction was uncertain.
     """
 
     prediction_id: int
@@ -48,6 +51,7 @@ class Labelled:
     label: int | None
     predicted: int
     x: Array | None
+    asked: bool = False
 
 
 def fits(prediction_id: int, fit_fraction: float) -> bool:
@@ -73,8 +77,13 @@ class LabelBuffer:
                 f"label buffer {path} cannot be opened ({error}): move it away to start an empty one"
             ) from error
 
-    def add(self, labelled: Sequence[Labelled]) -> None:
-        """Store labels; when this returns they are on disk. A second label for a prediction replaces the first."""
+    def add(self, labelled: Sequence[Labelled]) -> list[Labelled]:
+        """Store labels; when this returns they are on disk. A second label for a prediction replaces the first.
+
+        Returns:
+            Those for predictions that had no label yet: a label sent twice is no new evidence.
+        """
+        labelled = list({r.prediction_id: r for r in labelled}.values())
         rows = [
             (
                 r.prediction_id,
@@ -83,13 +92,15 @@ class LabelBuffer:
                 r.label,
                 r.predicted,
                 int(fits(r.prediction_id, self.fit_fraction)),
+                int(r.asked),
                 None if r.x is None else np.ascontiguousarray(r.x).tobytes(),
             )
             for r in labelled
         ]
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._db.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?)", rows)
+            known = {i for i in (r.prediction_id for r in labelled) if self._has(i)}
+            self._db.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?,?)", rows)
             excess = len(self) - self.capacity
             if excess > 0:
                 self._db.execute(
@@ -101,6 +112,11 @@ class LabelBuffer:
         except sqlite3.Error:
             self._db.execute("ROLLBACK")
             raise
+        return [r for r in labelled if r.prediction_id not in known]
+
+    def _has(self, prediction_id: int) -> bool:
+        row = self._db.execute("SELECT 1 FROM labels WHERE prediction_id = ?", (prediction_id,)).fetchone()
+        return row is not None
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM labels").fetchone()[0])
@@ -109,18 +125,21 @@ class LabelBuffer:
         """The newest label's place in the stream; -1 if there is none."""
         return int(self._db.execute("SELECT coalesce(max(sequence), -1) FROM labels").fetchone()[0])
 
-    def count(self, since: int, fit: bool | None = None) -> int:
+    def count(self, since: int) -> int:
         """Labels with a class and an image from `since` on."""
         query = "SELECT count(*) FROM labels WHERE sequence >= ? AND label IS NOT NULL AND x IS NOT NULL"
-        parameters: tuple[int, ...] = (since,)
-        if fit is not None:
-            query, parameters = query + " AND fit = ?", (since, int(fit))
-        return int(self._db.execute(query, parameters).fetchone()[0])
+        return int(self._db.execute(query, (since,)).fetchone()[0])
 
-    def select(self, since: int, fit: bool) -> list[Labelled]:
-        """Labels with a class and an image from `since` on, of one side of the split, oldest first."""
+    def select(self, since: int, fit: bool, limit: int = -1) -> list[Labelled]:
+        """Labels with a class and an image from `since` on, of one side of the split, newest first.
+
+        Args:
+            since: place in the stream.
+            fit: which side.
+            limit: at most so many; -1 for all.
+        """
         return self._rows(
-            "WHERE sequence >= ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL", (since, int(fit))
+            "WHERE sequence >= ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL", (since, int(fit)), limit
         )
 
     def ids_since(self, since: int) -> set[int]:
@@ -131,20 +150,23 @@ class LabelBuffer:
         }
 
     def outcomes(self, since: int, version: int) -> tuple[int, int]:
-        """How many predictions of `version` since then were labelled, and how many of them were wrong."""
+        """How many predictions of `version` since then were labelled unasked, and how many of them wrong."""
         row = self._db.execute(
             "SELECT count(*), coalesce(sum(label IS NULL OR label <> predicted), 0) FROM labels "
-            "WHERE sequence >= ? AND version = ? AND predicted >= 0",
+            "WHERE sequence >= ? AND version = ? AND predicted >= 0 AND NOT asked",
             (since, version),
         ).fetchone()
         return int(row[0]), int(row[1])
 
-    def _rows(self, where: str, parameters: tuple[int, ...]) -> list[Labelled]:
+    def _rows(self, where: str, parameters: tuple[int, ...], limit: int) -> list[Labelled]:
         cursor = self._db.execute(
-            f"SELECT prediction_id, sequence, version, label, predicted, x FROM labels {where} ORDER BY sequence",
-            parameters,
+            f"SELECT prediction_id, sequence, version, label, predicted, x, asked FROM labels {where} "
+            "ORDER BY sequence DESC LIMIT ?",
+            (*parameters, limit),
         )
-        return [Labelled(row[0], row[1], row[2], row[3], row[4], self._image(row[5])) for row in cursor]
+        return [
+            Labelled(row[0], row[1], row[2], row[3], row[4], self._image(row[5]), bool(row[6])) for row in cursor
+        ]
 
     def _image(self, blob: bytes | None) -> Array | None:
         return None if blob is None else np.frombuffer(blob, np.uint8).reshape(self.image_shape)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from tta.daemon.store import write_atomically
@@ -48,6 +49,7 @@ class Library:
     def __init__(self, root: Path, home: Fingerprint, home_accuracy: float, capacity: int) -> None:
         self.capacity = capacity
         self._root = root
+        self.damaged: dict[str, str] = {}  # entries that could not be read, and why
         self.regimes = {HOME: Regime(HOME, 0, "home", home_accuracy, home, 0)}
         self._load()
 
@@ -56,22 +58,32 @@ class Library:
         if not path.exists():
             return
         try:
-            for entry in json.loads(path.read_bytes()):
-                found = None
-                if entry["fingerprint"]:
-                    arrays = load((self._root / entry["fingerprint"]).read_bytes())
-                    found = Fingerprint(arrays["mean"], arrays["variance"], float(arrays["threshold"][0]))
-                del entry["fingerprint"]
-                regime = Regime(fingerprint=found, **entry)
-                self.regimes[regime.number] = regime
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            entries = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is damaged ({error}): delete it to forget all regimes but home") from error
+        for entry in entries:
+            try:
+                regime = Regime(**{**entry, "fingerprint": self._load_fingerprint(entry["fingerprint"])})
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                self.damaged[str(entry)[:80]] = str(error)
+                continue
+            self.regimes[regime.number] = regime
+
+    def _load_fingerprint(self, name: str) -> Fingerprint | None:
+        if not name:
+            return None
+        arrays = load((self._root / name).read_bytes())
+        return Fingerprint(arrays["mean"], arrays["variance"], float(arrays["threshold"][0]))
 
     def add(
         self, version: int, kind: str, accuracy: float, fingerprint: Fingerprint | None, sequence: int
     ) -> Regime:
-        """Remember a cured regime; the least recently used is forgotten when there are too many."""
-        number = max(self.regimes) + 1
+        """Remember a cured regime; the least recently used is forgotten when there are too many.
+
+        A version made for a regime has one: adding it again (after a crash, say) replaces the first.
+        """
+        same = [r.number for r in self.regimes.values() if r.version == version != 0]
+        number = same[0] if same else max(self.regimes) + 1
         self.regimes[number] = Regime(number, version, kind, accuracy, fingerprint, sequence)
         others = sorted((r for r in self.regimes.values() if r.number != HOME), key=lambda r: r.last_used)
         for old in others[: max(0, len(others) - self.capacity)]:
@@ -85,12 +97,9 @@ class Library:
             self.regimes[number] = replace(self.regimes[number], **fields)
             self.save()
 
-    def forget_version(self, version: int) -> None:
-        """Drop the regimes that a version was to cure, because it does not."""
-        gone = [n for n, r in self.regimes.items() if r.version == version and n != HOME]
-        for number in gone:
-            del self.regimes[number]
-        if gone:
+    def forget(self, number: int) -> None:
+        """Drop a regime, because what was to cure it does not; home and unknown numbers stay as they are."""
+        if number != HOME and self.regimes.pop(number, None) is not None:
             self.save()
 
     def recognise(self, window: Array) -> Regime | None:

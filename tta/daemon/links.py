@@ -1,9 +1,10 @@
 """What the daemon says to the other processes, and what it does with their answers.
 
 Every request carries a callback; nothing here waits. A request to a process that dies is sent again to its
-successor (shadow, swap) or reported as failed (adapter).
+successor once (shadow), until answered (swap), or reported as failed (adapter).
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,16 @@ VersionFolder = tuple[int, Path | None]
 Outputs = list[tuple[Array, Array]]
 
 
+MAX_ATTEMPTS = 2  # a request that ends the shadow twice is given up
+CHUNK_BYTES = 32 << 20  # images in one message to the shadow
+
+
 @dataclass
 class _Job:
     frames: list[bytes]
     then: Callable[[Outputs | None], None]
+    sent: float | None = None  # monotonic seconds
+    attempts: int = 0
 
 
 class ShadowLink:
@@ -52,6 +59,10 @@ class ShadowLink:
             x: (N, H, W, C) uint8.
             then: gets (logits, features) of each version in order, or None if one cannot be run.
         """
+        size = max(1, CHUNK_BYTES // max(1, x[:1].nbytes))
+        if len(x) > size:
+            self._ask_in_parts(versions, [x[i : i + size] for i in range(0, len(x), size)], then)
+            return
         header = {
             "op": "run",
             "id": self._next,
@@ -60,16 +71,54 @@ class ShadowLink:
         }
         frames = [msgspec.msgpack.encode(header), np.ascontiguousarray(x).tobytes()]
         self._jobs[self._next] = _Job(frames, then)
-        self._next += 1
         if self.process.ready:
-            self._socket.send_multipart([b"shadow", *frames])
+            self._send(self._jobs[self._next])
+        self._next += 1
+
+    def _ask_in_parts(
+        self, versions: Sequence[VersionFolder], parts: list[Array], then: Callable[[Outputs | None], None]
+    ) -> None:
+        results: list[Outputs | None] = []
+
+        def collect(outputs: Outputs | None) -> None:
+            results.append(outputs)
+            if len(results) < len(parts):
+                return
+            good = [r for r in results if r is not None]
+            if len(good) < len(parts):
+                then(None)
+                return
+            then(
+                [
+                    (np.concatenate([logits for logits, _ in parts]), np.concatenate([f for _, f in parts]))
+                    for parts in zip(*good, strict=True)
+                ]
+            )
+
+        for part in parts:
+            self.ask(versions, part, collect)
+
+    def _send(self, job: _Job) -> None:
+        job.sent = time.monotonic()
+        job.attempts += 1
+        self._socket.send_multipart([b"shadow", *job.frames])
+
+    def oldest_s(self, now: float) -> float:
+        """Seconds the oldest request has been with the shadow; 0 without one."""
+        first = next(iter(self._jobs.values()), None)
+        return now - first.sent if first is not None and first.sent is not None and self.process.ready else 0.0
 
     def handle(self, header: dict[str, Any], tensors: list[bytes]) -> None:
         """Take a message from the shadow."""
         if header["op"] == "hello":
             self.process.ready = True
-            for job in self._jobs.values():
-                self._socket.send_multipart([b"shadow", *job.frames])
+            for number, job in list(self._jobs.items()):
+                # The first of them was being run when the process ended.
+                if job.attempts >= MAX_ATTEMPTS:
+                    del self._jobs[number]
+                    job.then(None)
+                else:
+                    self._send(job)
             return
         found = self._jobs.pop(header["id"], None)
         if found is None:
@@ -90,6 +139,7 @@ class ServerLink:
         self.last_seen = 0.0
         self._socket = socket
         self._swap: tuple[dict[str, Any], Callable[[dict[str, Any]], None]] | None = None
+        self._again = False
         self._next = 1
 
     @property
@@ -98,11 +148,15 @@ class ServerLink:
         return self._swap is not None
 
     def say_hello(self) -> None:
-        """Ask whether it is there; the answer arrives in `handle`."""
+        """Ask whether it is there; the answer arrives in `handle`. Also repeats a swap it had no time for."""
         self._send({"op": "hello"})
+        if self._again and self._swap is not None:
+            self._again = False
+            self._send(self._swap[0])
 
     def swap(self, version: int, folder: Path | None, then: Callable[[dict[str, Any]], None]) -> None:
-        """Serve a version; `then` gets prepare_s and flip_s, or error. A later call replaces one under way."""
+        """Serve a version; `then` gets prepare_s and flip_s, or error. One at a time: see `swapping`."""
+        assert self._swap is None, "a swap is under way"
         command = {
             "op": "swap",
             "id": self._next,
@@ -124,10 +178,16 @@ class ServerLink:
                 self._send(self._swap[0])
         elif reply["op"] == "swap" and self._swap is not None and reply["id"] == self._swap[0]["id"]:
             if reply.get("error") == "another version is being prepared":
-                self._send(self._swap[0])
+                self._again = True  # on the next beat
                 return
+            if "error" not in reply:
+                self.hello["version"] = reply["version"]
             then, self._swap = self._swap[1], None
             then(reply)
+
+    def release(self) -> None:
+        """Let it drop the version before the present one."""
+        self._send({"op": "release"})
 
     def drain(self) -> None:
         """Ask it to finish and exit."""
@@ -149,6 +209,7 @@ class AdapterLink:
         self.idle_since: float | None = None
         self._socket = socket
         self._job: tuple[int, Path, Callable[[dict[str, Any]], None]] | None = None
+        self._since = 0.0
         self._next = 1
 
     @property
@@ -164,7 +225,7 @@ class AdapterLink:
 
     def submit(self, folder: Path, then: Callable[[dict[str, Any]], None]) -> None:
         """Adapt by the request in `folder`; `then` gets the candidate's header or {"error"}."""
-        self._job = (self._next, folder, then)
+        self._job, self._since = (self._next, folder, then), time.monotonic()
         self._next += 1
         self.start()
         if self.process.ready:
@@ -182,11 +243,18 @@ class AdapterLink:
             self.idle_since = now
             if self._job is not None:
                 self._send_job()
+        elif self._job is None or header["id"] != self._job[0]:
+            if header["op"] == "failed" and header["id"] == 0:  # it could not even load the model
+                self._finish(header)
         elif header["op"] == "progress":
             self.progress = {k: header[k] for k in ("stage", "done", "total")}
         elif header["op"] in ("candidate", "failed"):
             self.idle_since = now
             self._finish(header)
+
+    def busy_s(self, now: float) -> float:
+        """Seconds the present adaptation has taken; 0 without one."""
+        return now - self._since if self._job is not None else 0.0
 
     def died(self) -> None:
         """The process ended: whatever it was doing has failed."""

@@ -141,6 +141,11 @@ class Process:
             if self._child is not None:
                 self._child.wait(5)
 
+    def kill(self) -> None:
+        """Kill -9; `supervise` finds it dead and starts another."""
+        if self.pid is not None:
+            _signal(self.pid, signal.SIGKILL)
+
     def _runs(self, pid: int) -> bool:
         return self._child.poll() is None if self._child is not None else is_alive(pid)
 

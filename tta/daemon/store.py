@@ -60,14 +60,21 @@ class Store:
             for name in ("delta.safetensors", "probe.safetensors"):
                 (folder / name).unlink(missing_ok=True)
 
-    def discard_candidates(self, keep: int) -> None:
-        """Drop what the gate never accepted, except a proposal; called when no candidate is under way."""
+    def discard_candidates(self) -> None:
+        """Drop what the gate never accepted; called when no candidate is under way."""
         for version in self.numbers():
-            if version not in (SOURCE, keep) and self.manifest(version).verdict.get("outcome") != "accepted":
+            if version != SOURCE and not self.accepted(version):
                 self.discard(version)
 
-    def newest(self, wanted: int) -> int:
-        """`wanted` if it verifies, else the source."""
+    def accepted(self, version: int) -> bool:
+        """Whether the gate accepted a version; False if its manifest cannot be read."""
+        try:
+            return version == SOURCE or self.manifest(version).verdict.get("outcome") == "accepted"
+        except (OSError, msgspec.DecodeError):
+            return False
+
+    def verified(self, wanted: int) -> int:
+        """`wanted` if it verifies, else the source, which always does."""
         try:
             folder = self.folder(wanted)
             if folder is not None and load_version(folder)[0].bundle_sha256 != self.bundle_sha256:
@@ -141,13 +148,14 @@ class Store:
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Replace `state.json`."""
-        write_atomically(self.root / "state.json", json.dumps(state, indent=1).encode())
+        text = json.dumps({"bundle_sha256": self.bundle_sha256, **state}, indent=1)
+        write_atomically(self.root / "state.json", text.encode())
 
     def load_state(self) -> dict[str, Any]:
         """What `save_state` wrote last; empty at the first start.
 
         Raises:
-            ConfigError: the file is damaged.
+            ConfigError: the file is damaged, or the folder belongs to another bundle.
         """
         path = self.root / "state.json"
         if not path.exists():
@@ -158,6 +166,8 @@ class Store:
             raise ConfigError(f"{path} is damaged ({error}): delete it to start from the source model") from error
         if not isinstance(loaded, dict):
             raise ConfigError(f"{path} is damaged: delete it to start from the source model")
+        if loaded.get("bundle_sha256") != self.bundle_sha256:
+            raise ConfigError(f"state folder {self.root} belongs to another bundle: choose another --state")
         return loaded
 
 

@@ -4,42 +4,42 @@ Holds what `cycle.py` decides on and carries out what it says. Every transition 
 counted and saved.
 """
 
-import json
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
 
 from tta.config import Config
 from tta.daemon import gate
 from tta.daemon.cycle import Cycle, Event, State
 from tta.daemon.labels import LabelBuffer, Labelled
-from tta.daemon.ledger import Ledger, stack_inputs
+from tta.daemon.ledger import Ledger
 from tta.daemon.library import HOME, Library, Regime
 from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink, VersionFolder
 from tta.daemon.metrics import Metrics
+from tta.daemon.operation import Conclusion, Operation, arrays_of
 from tta.daemon.processes import Logger
 from tta.daemon.store import Store
 from tta.daemon.watch import Watch
-from tta.errors import DeltaError, NotFoundError, PreconditionError
+from tta.errors import NotFoundError, PreconditionError
 from tta.monitor.accuracy import PairedTest, binomial_tail
 from tta.monitor.charts import Alarm
 from tta.monitor.diagnosis import Diagnosis
+from tta.monitor.regimes import WINDOW
 from tta.versions import SOURCE
 
 Array = npt.NDArray[Any]
 HARM_P_VALUE = 0.05  # errors must be up by more than chance before weights are touched
-RECALL_EVERY = 8  # new labels between two attempts to recognise an output-level regime by them
+RECALL_LABELS = 8  # labels for a first attempt to recognise an output-level regime; then twice as many
+RECALL_CANDIDATES = 4  # regimes tried by labels, the last used first
 RECALL_MARGIN = 0.1  # a regime's cure must come this near its accuracy to be recognised by labels
 ACCURACY_WINDOW = 100  # labels in the accuracy gauges
 MIN_ADAPT_LABELS = 16
+MIN_OUTCOMES = 16  # labelled predictions under which nothing can be said of the errors
+NEW = -1
 SUSPICION_SAMPLES = 128  # to find out where the traffic of a cured regime went before it is an alarm
 
 
@@ -60,6 +60,13 @@ class Case:
         proposal: accepted version that waits for approval; 0 for none.
         accuracy: of the newest version on the gate's labels.
         since: sequence number at which the serving version came into service.
+        paused: nothing may be changed.
+        swap_to: version the server has been asked to serve and has not confirmed; -1 for none.
+        swap_regime: regime that version is for.
+        swap_reason: "promotion", "recall" or "rollback".
+        target: number of the recalled regime that is on probation; -1 for a new one.
+        looks: how often the present shift's labels have been put to a test; each look spends half of the
+            alpha that is left, so that all together spend no more than `gate.alpha`.
     """
 
     serving: int = SOURCE
@@ -75,6 +82,11 @@ class Case:
     accuracy: float = 0.0
     since: int = 0
     paused: bool = False
+    swap_to: int = -1
+    swap_regime: int = HOME
+    swap_reason: str = ""
+    target: int = NEW
+    looks: int = 0
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "Case":
@@ -98,7 +110,7 @@ class Treatment:
         shadow: ShadowLink,
         server: ServerLink,
         adapter: AdapterLink,
-        work: Path,
+        operation: Operation,
         log: Logger,
     ) -> None:
         self.config = config
@@ -111,22 +123,20 @@ class Treatment:
         self.shadow = shadow
         self.server = server
         self.adapter = adapter
+        self.operation = operation
         self.cycle = Cycle()
         self.case = Case()
         self.sequence = 0  # of the next observed sample
         self.diagnosis: Diagnosis | None = None
         self.events: deque[dict[str, Any]] = deque(maxlen=200)
-        self._work = work
         self._log = log
         self._paired = PairedTest(config.gate.rollback_alpha)
         self._probation_from: float | None = None
-        self._target: Regime | None = None  # recalled regime; None for a new one
         self._right: dict[str, deque[bool]] = {m: deque(maxlen=ACCURACY_WINDOW) for m in ("serving", "source")}
-        self._recall_tried_at = 0
+        self._recall_at = RECALL_LABELS
         self._recalling = False
         self._suspicion: tuple[Alarm, int] | None = None
-        self._job = 0
-        self._began = 0.0
+        self._unfinished = False  # a swap that a killed daemon had asked for
 
     # -- state on disk --------------------------------------------------------------------------------
 
@@ -139,7 +149,7 @@ class Treatment:
         if state is State.ADAPTING:  # the adapter died with the daemon: start that step again
             state = State.DRIFTED
         self.cycle = Cycle(state)
-        verified = self.store.newest(self.case.serving)
+        verified = self.store.verified(self.case.serving)
         if verified != self.case.serving:
             self._log.error("version_lost", version=self.case.serving, serving=verified)
             self.case = Case(since=self.sequence)
@@ -147,8 +157,8 @@ class Treatment:
         if self.case.regime not in self.library.regimes:
             self.case.regime = HOME
         if state is State.PROBATION:
-            self._target = self.library.regimes[self.case.regime] if not self._is_new_regime() else None
             self._probation_from = time.monotonic()
+        self._unfinished = self.case.swap_to >= 0
         self.watch.enter(self.regime, self.sequence)
         if state in (State.DRIFTED, State.ADAPTING):
             self.watch.look_from(self.case.onset)
@@ -165,12 +175,14 @@ class Treatment:
         return self.library.regimes.get(self.case.regime, self.library.regimes[HOME])
 
     @property
+    def target(self) -> Regime | None:
+        """The recalled regime on probation; None for a new one."""
+        return self.library.regimes.get(self.case.target)
+
+    @property
     def acting(self) -> bool:
         """Whether decisions may change what is served."""
         return not self.case.paused and self.config.mode != "off"
-
-    def _is_new_regime(self) -> bool:
-        return self.case.cause != ""
 
     def _folder(self, version: int) -> VersionFolder:
         return version, self.store.folder(version)
@@ -204,7 +216,7 @@ class Treatment:
         if self.cycle.state is State.DRIFTED and self.case.cause == "labels":
             self.case.cause = "charts"  # it is not only the output
             self.watch.look_from(sequence)
-        if self.cycle.state is not State.STABLE or self._suspicion is not None:
+        if self.cycle.state is not State.STABLE or self._suspicion is not None or self.case.swap_to >= 0:
             return
         self._suspicion = (alarm, sequence)
         if self.regime.number == HOME:
@@ -218,6 +230,7 @@ class Treatment:
         assert self._suspicion is not None
         alarm, sequence = self._suspicion
         self._open_case("charts", sequence - alarm.lag)
+        self.metrics.alarms.labels("charts").inc()
         self.happen(
             Event.ALARM,
             cause="charts",
@@ -230,11 +243,11 @@ class Treatment:
     def _open_case(self, cause: str, onset: int) -> None:
         self.case.cause, self.case.onset, self.case.kind = cause, onset, ""
         self.case.wanted, self.case.forced, self.case.proposal = self.config.adapt.labels, False, 0
+        self.case.looks = 0
         self.diagnosis = None
-        self._recall_tried_at = 0
+        self._recall_at = RECALL_LABELS
         self._suspicion = None
         self.watch.look_from(onset)
-        self.metrics.alarms.labels(cause).inc()
 
     def look(self) -> None:
         """Ask the fingerprints which regime this is, and act on a change."""
@@ -245,7 +258,7 @@ class Treatment:
         if self.cycle.state is State.STABLE and same_features == HOME and self._suspicion is None:
             return  # the charts watch; a fingerprint is for telling regimes apart afterwards
         found = self.watch.recognised()
-        if self.server.swapping and self.cycle.state is State.PROBATION:
+        if self.case.swap_to >= 0:
             return
         if found is not None and found.number == same_features:
             if self._suspicion is not None:
@@ -254,8 +267,10 @@ class Treatment:
             elif self.case.cause == "charts":
                 self.happen(Event.QUIET, regime=found.number)
         elif found is not None and (self.config.library.recall != "off" or found.number == HOME):
-            self._target = found
             sample = self._suspicion[1] if self._suspicion else self.case.onset
+            if self.cycle.state is State.STABLE:
+                self._open_case("charts", sample if self._suspicion else self.sequence - WINDOW)
+            self.case.target = found.number
             self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
         elif self._suspicion is not None and self.sequence - self._suspicion[1] > SUSPICION_SAMPLES:
             self._raise_suspicion()
@@ -271,17 +286,23 @@ class Treatment:
 
     def _feature_regime(self) -> int | None:
         """Number of the regime whose features the traffic should have now; None for one not yet known."""
-        if self.cycle.state is State.PROBATION and self._target is None:
-            return HOME if self.case.kind == "output" else None
-        regime = self._target if self.cycle.state is State.PROBATION and self._target else self.regime
+        regime = self.regime
+        if self.cycle.state is State.PROBATION:
+            if self.target is None:
+                return HOME if self.case.kind == "output" else None
+            regime = self.target
         return regime.number if regime.fingerprint is not None else HOME
 
     def labelled(self, rows: list[Labelled]) -> None:
-        """Take labels that are on disk: error test, accuracy gauges, probation."""
+        """Take new labels that are on disk: error test, accuracy gauges, probation.
+
+        Labels we asked for are of uncertain predictions: they say nothing of the error rate.
+        """
+        case = self.case
         own = [
             r
             for r in rows
-            if r.predicted >= 0 and r.version == self.case.serving and r.sequence >= self.case.since
+            if r.predicted >= 0 and not r.asked and r.version == case.serving and r.sequence >= case.since
         ]
         for row in own:
             wrong = row.label is None or row.label != row.predicted
@@ -292,11 +313,12 @@ class Treatment:
             if alarmed and self.cycle.state is State.STABLE:
                 onset = self.watch.error_onset()
                 self._open_case("labels", onset)
+                self.metrics.alarms.labels("labels").inc()
                 self.happen(
                     Event.ALARM, cause="labels", statistic=round(self.watch.errors.statistic, 3), onset=onset
                 )
         with_image = [r for r in own if r.x is not None and r.label is not None]
-        if with_image and self.case.serving != SOURCE:
+        if with_image and (self.case.serving != SOURCE or self._probing()):
             self._compare(with_image)
         for model, right in self._right.items():
             if right:
@@ -304,18 +326,19 @@ class Treatment:
 
     def _compare(self, rows: list[Labelled]) -> None:
         """Run source and previous version on live labels."""
-        x, y = _arrays(rows)
-        serving, probing = self.case.serving, self.cycle.state is State.PROBATION
-        versions = [self._folder(SOURCE), self._folder(self.case.previous if probing else SOURCE)]
+        x, y = arrays_of(rows)
+        serving, probing = self.case.serving, self._probing()
+        versions = [self._folder(SOURCE), *([self._folder(self.case.previous)] if probing else [])]
 
         def then(outputs: Outputs | None) -> None:
             if outputs is None or self.case.serving != serving:
                 return
-            source, previous = (logits.argmax(axis=1) == y for logits, _ in outputs)
-            self._right["source"].extend(bool(r) for r in source)
-            if not probing or self.cycle.state is not State.PROBATION:
+            right = [logits.argmax(axis=1) == y for logits, _ in outputs]
+            if serving != SOURCE:
+                self._right["source"].extend(bool(r) for r in right[0])
+            if not probing or not self._probing():
                 return
-            for row, was_right in zip(rows, previous, strict=True):
+            for row, was_right in zip(rows, right[1], strict=True):
                 self._paired.update(row.label == row.predicted, bool(was_right))
             if self._paired.disagrees and self.acting:
                 self.happen(
@@ -327,27 +350,33 @@ class Treatment:
 
         self.shadow.ask(versions, x, then)
 
+    def _probing(self) -> bool:
+        """Whether live labels compare the serving version with the one before."""
+        case = self.case
+        return self.cycle.state is State.PROBATION and case.swap_to < 0 and case.previous != case.serving
+
     # -- time -------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
         """Whatever depends on counts and time rather than on a message."""
-        if not self.acting:
+        if self._unfinished and self.server.process.ready:
+            self._unfinished = False
+            self._change(self.case.swap_to, self.case.swap_regime, self.case.swap_reason)
+        if self.case.swap_to >= 0:
             return
         if self.cycle.state is State.DRIFTED and not self.case.proposal:
             have = self.labels.count(self.case.onset)
-            if (
-                self.case.cause == "labels"
-                and not self._recalling
-                and have - self._recall_tried_at >= RECALL_EVERY
-            ):
-                self._recall_tried_at = have
+            if self.acting and self.case.cause == "labels" and not self._recalling and have >= self._recall_at:
+                self._recall_at = 2 * have
                 self._recall_by_labels()
-            if have >= self.case.wanted:
+            # A restarted daemon has to see the traffic again before it judges it.
+            seen = len(self.watch.window(WINDOW)[0]) >= WINDOW
+            if have >= min(self.case.wanted, self.labels.capacity) and (seen or self.case.forced):
                 self._decide_whether_to_adapt(have)
-        elif self.cycle.state is State.PROBATION and self._probation_from is not None and not self.server.swapping:
+        elif self.cycle.state is State.PROBATION and self._probation_from is not None and self.acting:
             elapsed = time.monotonic() - self._probation_from
             enough = self._paired.n_labels >= self.config.gate.probation_labels
-            known = self._target is not None or self.case.kind == "output" or self.watch.fingerprint() is not None
+            known = self.target is not None or self.case.kind == "output" or self.watch.fingerprint() is not None
             if known and (enough or elapsed >= self.config.gate.probation_s):
                 self.happen(Event.CONFIRMED, labels=self._paired.n_labels, seconds=round(elapsed, 3))
 
@@ -355,29 +384,30 @@ class Treatment:
         n, wrong = self.labels.outcomes(self.case.onset, self.case.serving)
         null = min(0.99, max(0.005, 1 - self.regime.accuracy + self.config.monitor.error_tolerance))
         p_val = binomial_tail(wrong, n, null)
-        errors_up = p_val <= HARM_P_VALUE
+        # Without outcomes of this version nothing is known of its errors: the gate will say.
+        errors_up = p_val <= HARM_P_VALUE or n < MIN_OUTCOMES
         self.diagnosis = self.watch.diagnose(errors_up and self.case.cause != "charts")
         self.case.kind = self.diagnosis.kind
         evidence = {"labels": have, "errors": wrong, "p_val": round(p_val, 6), **asdict(self.diagnosis)}
         if not errors_up and not self.case.forced:
             if self.case.cause == "labels" or self.watch.fingerprint() is None:
                 self.happen(Event.QUIET, **evidence)
-            else:
+            elif self.acting:
                 self.happen(Event.HARMLESS, **evidence)
-            return
-        self.happen(Event.ENOUGH_LABELS, **evidence)
+        elif self.acting:
+            self.happen(Event.ENOUGH_LABELS, **evidence)
 
     def _recall_by_labels(self) -> None:
         """An output-level regime, or home, has no features of its own: recognise it by labels."""
-        candidates = [
-            r
-            for r in self.library.regimes.values()
-            if (r.fingerprint is None or r.number == HOME) and r.version != self.case.serving
-        ]
-        rows = self.labels.select(self.case.onset, fit=True) + self.labels.select(self.case.onset, fit=False)
+        alike = [r for r in self.library.regimes.values() if r.fingerprint is None or r.number == HOME]
+        others = sorted((r for r in alike if r.version != self.case.serving), key=lambda r: -r.last_used)
+        candidates = others[:RECALL_CANDIDATES]
+        limit = self.config.adapt.max_labels
+        rows = [r for fit in (True, False) for r in self.labels.select(self.case.onset, fit, limit)]
         if not candidates or not rows:
             return
-        x, y = _arrays(rows)
+        alpha = self.next_alpha() / len(candidates)
+        x, y = arrays_of(rows)
         versions = [self._folder(self.case.serving), *(self._folder(r.version) for r in candidates)]
         self._recalling = True
 
@@ -385,12 +415,12 @@ class Treatment:
             self._recalling = False
             if outputs is None or self.cycle.state is not State.DRIFTED or not self.acting:
                 return
-            serving, *others = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
-            best = max(range(len(others)), key=lambda i: sum(others[i]))
-            regime, right = candidates[best], others[best]
-            verdict = gate.judge(right, serving, right, None, self.config.gate.alpha)
+            serving, *rights = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
+            best = max(range(len(rights)), key=lambda i: sum(rights[i]))
+            regime, right = candidates[best], rights[best]
+            verdict = gate.judge(right, serving, right, None, alpha)
             if verdict.outcome == "accepted" and verdict.accuracy_candidate >= regime.accuracy - RECALL_MARGIN:
-                self._target = regime
+                self.case.target = regime.number
                 self.happen(Event.KNOWN, regime=regime.number, recalled_version=regime.version, **verdict.fields())
 
         self.shadow.ask(versions, x, then)
@@ -402,124 +432,31 @@ class Treatment:
             self.adapter.start()
 
     def _adapt(self) -> None:
-        self._began = time.monotonic()
-        self._job += 1
-        folder = self._work / f"request-{self._job}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        x, y = _arrays(self.labels.select(self.case.onset, fit=True))
-        arrays = {"x_fit": x, "y_fit": y}
-        window = stack_inputs(self.ledger.since(self.case.onset, self.config.adapt.window))
-        if window is not None and len(window) >= 64:
-            arrays["x_window"] = window
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
-        c = self.config.adapt
-        _, serving = self._folder(self.case.serving)
-        request = {
-            "suited": self.diagnosis.block if self.diagnosis else "",
-            "starts": {"serving": str(serving)} if serving else {},
-            "settings": {
-                "selection": c.selection,
-                "n_blocks": c.blocks,
-                "folds": c.folds,
-                "epochs": c.epochs,
-                "batch_size": c.batch_size,
-                "learning_rates": c.learning_rates,
-                "head_learning_rates": c.head_learning_rates,
-                "augment": c.augment,
-                "budget_s": c.budget_s,
-                "seed": c.seed,
-            },
-        }
-        (folder / "request.json").write_text(json.dumps(request))
-        self.adapter.submit(folder, lambda header: self._candidate(folder, header))
+        suited = self.diagnosis.block if self.diagnosis else ""
+        self.operation.start(self.case.onset, self.case.serving, suited, self.next_alpha(), self._concluded)
+
+    def next_alpha(self) -> float:
+        """What the next look at this shift's labels may spend: alpha/2, alpha/4, ... of `gate.alpha`."""
+        self.case.looks += 1
+        return float(self.config.gate.alpha / 2**self.case.looks)
 
     def _cancel(self) -> None:
-        self.adapter.cancel()
+        self.operation.cancel()
 
-    def _candidate(self, folder: Path, header: dict[str, Any]) -> None:
-        """The adapter has finished: store its candidate and put it before the gate."""
-        if self.cycle.state is not State.ADAPTING:
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        self.metrics.phase_s.labels("adapt").observe(time.monotonic() - self._began)
-        if header["op"] == "failed":
-            shutil.rmtree(folder, ignore_errors=True)
-            self._not_accepted({"error": header["error"]}, "", 0)
-            return
-        version = self._store(folder / "candidate", header["block"], header["start"], header["report"])
-        label_free = self._store(folder / "label-free", "", "batch-norm", {}) if header.get("label_free") else None
-        shutil.rmtree(folder, ignore_errors=True)
-        rows = self.labels.select(self.case.onset, fit=False)
-        if not rows:
-            self._discard(version, label_free)
-            self._not_accepted({"error": "no gate labels"}, header["block"], 16)
-            return
-        x, y = _arrays(rows)
-        versions = [self._folder(v) for v in (version, self.case.serving, SOURCE)]
-        if label_free is not None:
-            versions.append(self._folder(label_free))
-        self._began = time.monotonic()
-        self.shadow.ask(versions, x, lambda outputs: self._judge(outputs, y, version, label_free, header["block"]))
-
-    def _store(self, folder: Path, block: str, start: str, report: dict[str, Any]) -> int:
-        return self.store.write(
-            (folder / "delta.safetensors").read_bytes(),
-            (folder / "probe.safetensors").read_bytes(),
-            block,
-            start,
-            time.time(),
-            report,
-            {},
-        )
-
-    def _discard(self, *versions: int | None) -> None:
-        for version in versions:
-            if version is not None:
-                self.store.discard(version)
-
-    def _judge(self, outputs: Outputs | None, y: Array, version: int, label_free: int | None, block: str) -> None:
-        self.metrics.phase_s.labels("gate").observe(time.monotonic() - self._began)
-        if self.cycle.state is not State.ADAPTING:
-            self._discard(version, label_free)
-            return
-        if outputs is None:
-            self._discard(version, label_free)
-            self._not_accepted({"error": "the shadow could not run the candidate"}, block, 0)
-            return
-        right = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
-        candidate, serving, source = right[:3]
-        free = right[3] if label_free is not None else None
-        verdict = gate.judge(candidate, serving, source, free, self.config.gate.alpha)
-        if label_free is not None and free is not None and verdict.outcome != "accepted":
-            plain = gate.judge(free, serving, source, None, self.config.gate.alpha)
-            if plain.outcome == "accepted":  # the labels did not help: what was made without them does
-                verdict, version, label_free, block = plain, label_free, version, ""
-        self._discard(label_free)
-        if verdict.outcome != "accepted":
-            self._discard(version)
-            self._not_accepted(verdict.fields(), block, verdict.labels_needed)
-            return
-        self.store.amend(version, verdict=verdict.fields())
-        self.metrics.adaptations.labels(block or "normalisation", "accepted").inc()
-        self.case.proposal, self.case.accuracy = version, verdict.accuracy_candidate
-        evidence = {"candidate": version, "block": block, **verdict.fields()}
-        if self.config.mode == "propose":
-            self.happen(Event.PROPOSED, **evidence)
-        else:
-            self._target = None
-            self.happen(Event.ACCEPTED, **evidence)
-
-    def _not_accepted(self, evidence: dict[str, Any], block: str, needed: int) -> None:
-        outcome = evidence.get("outcome", "failed")
-        self.metrics.adaptations.labels(block or "normalisation", outcome).inc()
-        have = self.labels.count(self.case.onset)
-        # Only a part of new labels goes to the gate.
-        self.case.wanted = have + max(
-            self.config.adapt.retry_labels, round(needed / (1 - self.config.labels.fit_fraction))
-        )
+    def _concluded(self, conclusion: Conclusion) -> None:
+        """The operation under way has ended with a verdict or an error."""
         self.case.forced = False
-        self.happen(Event.NOT_ACCEPTED, wanted=self.case.wanted, **evidence)
+        if conclusion.version:
+            self.case.proposal, self.case.accuracy = conclusion.version, conclusion.accuracy
+            self.case.target = NEW
+            event = Event.PROPOSED if self.config.mode == "propose" else Event.ACCEPTED
+            self.happen(event, **conclusion.evidence)
+            return
+        # Only a part of new labels goes to the gate.
+        needed = round(conclusion.gate_labels_needed / (1 - self.config.labels.fit_fraction))
+        have = self.labels.count(self.case.onset)
+        self.case.wanted = have + max(self.config.adapt.retry_labels, needed)
+        self.happen(Event.NOT_ACCEPTED, wanted=self.case.wanted, **conclusion.evidence)
 
     def approve(self) -> int:
         """Promote the proposal.
@@ -530,7 +467,8 @@ class Treatment:
         version = self.case.proposal
         if not version or self.cycle.state is not State.DRIFTED:
             raise PreconditionError("no candidate waits for approval")
-        self._target = None
+        self._refuse_while_swapping()
+        self.case.target = NEW
         self.happen(Event.ACCEPTED, candidate=version, approved=True)
         return version
 
@@ -538,15 +476,19 @@ class Treatment:
         self._change(self.case.proposal, self.case.regime, "promotion")
 
     def _recall(self) -> None:
-        assert self._target is not None
-        if self._target.number == HOME:
+        target = self.target
+        assert target is not None
+        self._suspicion = None
+        if target.number == HOME:
             self.record("home_recognised", regime=HOME)
-        self._change(self._target.version, self._target.number, "recall")
-        self.case.cause, self._suspicion = "", None
+        self._change(target.version, target.number, "recall")
 
     def _change(self, version: int, regime: int, reason: str) -> None:
         """Start serving another version, then its probation."""
         self.case.proposal = 0
+        # On disk before the server is asked: a daemon killed in between finishes the swap.
+        self.case.swap_to, self.case.swap_regime, self.case.swap_reason = version, regime, reason
+        self.save()
         self._probation_from = None
         if version == self.case.serving:
             self._served(version, regime, reason)
@@ -554,9 +496,14 @@ class Treatment:
 
         def then(reply: dict[str, Any]) -> None:
             if "error" in reply:
+                self.case.swap_to = -1
                 self.metrics.swaps.labels(reason, "refused").inc()
-                self.library.forget_version(version)
-                self.happen(Event.SWAP_FAILED, refused=version, error=reply["error"])
+                self.library.forget(self.case.target)
+                self.record("swap_refused", refused=version, reason=reason, error=reply["error"])
+                if reason == "rollback" and version != SOURCE:
+                    self._change(SOURCE, HOME, "rollback")
+                else:
+                    self.happen(Event.SWAP_FAILED, refused=version)
                 return
             self.metrics.swaps.labels(reason, "ok").inc()
             for phase in ("prepare", "flip"):
@@ -573,8 +520,11 @@ class Treatment:
     def _served(self, version: int, regime: int, reason: str) -> None:
         """`version` answers from now on."""
         case = self.case
+        case.swap_to = -1
         if version != case.serving:
-            case.previous, case.previous_regime = case.serving, case.regime
+            # What was rolled back is not what one rolls back to.
+            case.previous = SOURCE if reason == "rollback" else case.serving
+            case.previous_regime = HOME if reason == "rollback" else case.regime
         case.serving, case.regime, case.since = version, regime, self.sequence
         self._paired = PairedTest(self.config.gate.rollback_alpha)
         self._probation_from = time.monotonic()
@@ -583,13 +533,14 @@ class Treatment:
         self.metrics.version.set(version)
         self.metrics.regime.set(regime)
         self.record("swapped", reason=reason, serving=version, regime=regime)
-        if self.cycle.state is not State.PROBATION or self._target is not None:
+        if self.cycle.state is not State.PROBATION or self.target is not None:
             self.watch.enter(self.regime, self.sequence)
         self.save()
 
     def _roll_back(self) -> None:
-        self.library.forget_version(self.case.serving)
-        self.case.cause = self.case.cause or "labels"
+        if self.case.target != NEW:
+            self.library.forget(self.case.target)
+        self.case.kind = ""
         self._change(self.case.previous, self.case.previous_regime, "rollback")
 
     def _await_labels(self) -> None:
@@ -599,14 +550,15 @@ class Treatment:
 
     def _remember(self) -> None:
         """The served version has proved itself: keep regime and cure."""
-        if self._target is not None:
-            self.library.update(self._target.number, last_used=self.sequence)
-            self.case.regime = self._target.number
+        if self.target is not None:
+            self.library.update(self.target.number, last_used=self.sequence)
+            self.case.regime = self.target.number
         else:
             found = None if self.case.kind == "output" else self.watch.fingerprint()
             regime = self.library.add(self.case.serving, self.case.kind, self.case.accuracy, found, self.sequence)
             self.case.regime = regime.number
         self._probation_from = None
+        self.server.release()
         self.metrics.regime.set(self.case.regime)
 
     def _accept_regime(self) -> None:
@@ -620,26 +572,46 @@ class Treatment:
 
     def _watch(self) -> None:
         self.case.cause, self.case.kind, self.case.proposal = "", "", 0
-        self._target = self._suspicion = None
+        self.case.target, self._suspicion = NEW, None
         self.watch.enter(self.regime, self.sequence)
 
     def accuracy(self) -> dict[str, float]:
         """Of serving and source on the last labels of this version's service."""
         return {m: round(sum(right) / len(right), 4) for m, right in self._right.items() if right}
 
+    def reconcile(self, version: int) -> None:
+        """The server says what it serves; if that is not what we believe, make it so, or believe it."""
+        if version == self.case.serving or self.server.swapping or self.case.swap_to >= 0:
+            return
+        self.record("server_version_differs", server=version)
+
+        def then(reply: dict[str, Any]) -> None:
+            if "error" in reply:  # our version cannot be served (any more): take the server's word
+                self.case.target = NEW
+                self.case.cause, self.case.kind = "", ""
+                self.cycle = Cycle()
+                regimes = [r.number for r in self.library.regimes.values() if r.version == version]
+                self._served(version, regimes[0] if regimes else HOME, "refused")
+
+        self.server.swap(self.case.serving, self.store.folder(self.case.serving), then)
+
     # -- the operator's hand ---------------------------------------------------------------------------
 
     def serve(self, version: int, reason: str, then: Callable[[dict[str, Any]], None]) -> None:
         """Serve a version by hand (rollback, reset); the cycle starts anew from stable.
 
+        The version that is left stays in the store, but no regime recalls it any more.
+
         Raises:
             NotFoundError: there is no such version.
             PreconditionError: it was never accepted.
         """
+        self._refuse_while_swapping()
         folder = self.store.folder(version)
-        if version != SOURCE and self.store.manifest(version).verdict.get("outcome") != "accepted":
+        if not self.store.accepted(version):
             raise PreconditionError(f"version {version} was not accepted by the gate")
         regimes = [r.number for r in self.library.regimes.values() if r.version == version]
+        left = [r.number for r in self.library.regimes.values() if r.version == self.case.serving]
 
         def done(reply: dict[str, Any]) -> None:
             if "error" in reply:
@@ -649,17 +621,34 @@ class Treatment:
             self.metrics.swaps.labels(reason, "ok").inc()
             self.happen(Event.OPERATOR, reason=reason)
             self._served(version, regimes[0] if regimes else HOME, reason)
+            for number in left:  # what the operator leaves is not recalled behind his back
+                self.library.forget(number)
             self._watch()
             self.save()
             then(reply)
 
         self.server.swap(version, folder, done)
 
-    def resume_cycle_after_pause(self) -> None:
-        """A pause cancels an adaptation under way; it starts again after `resume`."""
+    def pause(self) -> None:
+        """Decide nothing until `resume`; an adaptation under way is cancelled and starts again after it."""
+        self.case.paused = True
         if self.cycle.state is State.ADAPTING:
+            self.operation.cancel()
+            wanted = self.case.wanted
             self.happen(Event.NOT_ACCEPTED, error="paused by the operator")
-            self.case.wanted = self.config.adapt.labels
+            self.case.wanted = wanted
+        self.record("paused")
+        self.save()
+
+    def resume(self) -> None:
+        """Decide again after `pause`."""
+        self.case.paused = False
+        self.record("resumed")
+        self.save()
+
+    def _refuse_while_swapping(self) -> None:
+        if self.server.swapping or self.case.swap_to >= 0:
+            raise PreconditionError("a swap is under way: try again in a moment")
 
     def adapt_now(self) -> int:
         """Adapt with the labels there are.
@@ -668,8 +657,13 @@ class Treatment:
             How many labels that is.
 
         Raises:
-            PreconditionError: too few labels, or an adaptation is under way.
+            PreconditionError: paused or off, too few labels, a proposal waits, or an adaptation is under way.
         """
+        if not self.acting:
+            raise PreconditionError("paused, or mode: off: nothing may be changed (see `tta resume`)")
+        if self.case.proposal:
+            raise PreconditionError(f"version {self.case.proposal} waits already: `tta approve` or `tta reset`")
+        self._refuse_while_swapping()
         if self.cycle.state not in (State.STABLE, State.DRIFTED):
             raise PreconditionError(f"the cycle is in {self.cycle.state}: wait until it is stable or drifted")
         onset = self.case.onset if self.cycle.state is State.DRIFTED else self.case.since
@@ -680,16 +674,8 @@ class Treatment:
             )
         if self.cycle.state is State.STABLE:
             self._open_case("operator", onset)
+            self.metrics.alarms.labels("operator").inc()
             self.happen(Event.ALARM, cause="operator", onset=onset)
         self.case.wanted, self.case.forced = have, True
         self.save()
         return have
-
-
-def _arrays(rows: list[Labelled]) -> tuple[Array, Array]:
-    """Images (N, H, W, C) uint8 and classes (N,) int64 of labels that have both."""
-    x = [r.x for r in rows if r.x is not None and r.label is not None]
-    y = [r.label for r in rows if r.x is not None and r.label is not None]
-    if not x:
-        raise DeltaError("no labelled images")
-    return np.stack(x), np.array(y, np.int64)

@@ -55,4 +55,4 @@ def diagnose(window: Array, layout: Layout, errors_up: bool) -> Diagnosis:
     depth = float((excess * np.arange(len(excess))).sum() / total / max(1, len(excess) - 1)) if total else 0.0
     if depth < INPUT_DEPTH:
         return Diagnosis("input", depth, profile, layout.names[0])
-    return Diagnosis("feature", depth, profile, layout.names[int(excess[:-1].argmax())])
+    return Diagnosis("feature", depth, profile, layout.names[int(excess.argmax())])

@@ -93,7 +93,10 @@ def package(
 
     logits, raw = raw_features(taps, x, advance)
     if logits.shape[1] != len(classes):
-        raise InputError(f"the model has {logits.shape[1]} outputs, the reference {len(classes)} classes")
+        raise InputError(
+            f"the model has {logits.shape[1]} outputs, the reference {len(classes)} classes: "
+            "see num_classes in --kwargs"
+        )
     predictions = logits.argmax(axis=1)
     half = len(x) // 2
     whitening = fit_whitening([r[:half] for r in raw], predictions[:half], len(classes))

@@ -155,10 +155,14 @@ def _taps(model: nn.Module, groups: list[list[str]], image_shape: tuple[int, int
                 module.register_forward_hook(lambda _m, _i, out, name=name, owned=owned: visit(name, owned, out))
             )
     height, width, channels = image_shape
-    with torch.inference_mode():
-        model(torch.zeros(1, channels, height, width))
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, channels, height, width))
+    except Exception as error:  # the model's own code, which says what it cannot take
+        raise BundleError(f"the model does not run on {height}x{width}x{channels} images: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
     if any(not name for _, name in best):
         missing = [f"block{i + 1}" for i, (_, name) in enumerate(best) if not name]
         raise BundleError(f"no module's output stands for {', '.join(missing)}: use a model built of modules")

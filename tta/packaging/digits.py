@@ -5,12 +5,14 @@ seeded affine warp of one of its split's digits, so there are as many as needed 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kornia.augmentation as ka
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import nn
 
 from tta.packaging.source import build_model
@@ -56,6 +58,15 @@ def digits(split: str, n: int, seed: int) -> tuple[Array, Array]:
         grey = (warped * 0.8 + 0.1 + 0.02 * torch.randn_like(warped)).clamp(0, 1)
     x = (grey * 255).round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
     return x.contiguous().numpy(), data.target[chosen].astype(np.int64)
+
+
+def write_pictures(folder: Path, n: int) -> None:
+    """Write a few stream images as PNG files, one folder a class, to try commands with."""
+    x, y = digits("stream", n, seed=1)
+    for i in range(n):
+        path = folder / str(y[i]) / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[i]).save(path)
 
 
 def corrupt(x: Array, corruption: str, seed: int) -> Array:

@@ -34,7 +34,7 @@ def build_model(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
             raise ConfigError(f"timm has no model {name!r}" + (f": did you mean one of {near}?" if near else ""))
         try:
             model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
-        except TypeError as error:
+        except Exception as error:  # timm raises many types for arguments it cannot use
             raise ConfigError(f"{source} does not take {dict(kwargs)}: {error}") from error
         return model.eval()
     if os.getcwd() not in sys.path:
@@ -45,7 +45,10 @@ def build_model(source: str, kwargs: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(
             f"source {source!r} cannot be imported ({error}): run where {kind}.py is, or set PYTHONPATH"
         ) from error
-    model = factory(**kwargs)
+    try:
+        model = factory(**kwargs)
+    except Exception as error:  # somebody else's code: whatever it raises, the user must see it is theirs
+        raise ConfigError(f"{source}(**{dict(kwargs)}) raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{source} gave {type(model).__name__}, not a torch.nn.Module")
     return model.eval()
@@ -83,7 +86,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             if names
         ]
         raise BundleError(
-            f"checkpoint {path} does not fit the model: {'; '.join(parts)}: check --source and --kwargs"
+            f"checkpoint {path} does not fit the model: {'; '.join(parts)}: check SOURCE and --kwargs"
         )
     model.load_state_dict(state, strict=False)
 
@@ -97,7 +100,11 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         # weights_only: a checkpoint must not run code.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many types for a bad file
-        raise BundleError(f"checkpoint {path} cannot be read: {error}") from error
+        reason = str(error).partition("\n")[0][:160]
+        raise BundleError(
+            f"checkpoint {path} cannot be read ({type(error).__name__}: {reason}): "
+            "save the state_dict as .safetensors"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

@@ -7,6 +7,7 @@ Threads: the main thread is the frontend and owns the client sockets; the infere
 builder thread exists only while a version is being prepared.
 """
 
+import math
 import os
 import random
 import signal
@@ -30,6 +31,7 @@ from tta.server.frontend import Frontend, Statistics, expired_error
 from tta.server.options import Observation, ServerOptions
 from tta.server.predictor import Predictor
 
+OBSERVATION_BYTES = 256 << 20  # memory of batches queued for the daemon
 SHIP_S = 1.0  # seconds between two shipments of counters
 
 
@@ -63,6 +65,7 @@ class Server:
             self.statistics,
             self.handle_admin,
             self.version,
+            self.log,
         )
         self.inference = threading.Thread(target=self.predict_batches, name="inference", daemon=True)
         self.inference.start()
@@ -119,7 +122,7 @@ class Server:
         replies = self.context.socket(zmq.PUSH)
         replies.connect("inproc://replies")
         observations = self.context.socket(zmq.PUSH)
-        observations.setsockopt(zmq.SNDHWM, self.options.observation_queue)
+        observations.setsockopt(zmq.SNDHWM, self._observation_limit())
         observations.setsockopt(zmq.LINGER, 0)
         observations.connect(self.options.observe)
         sample = random.Random(self.options.seed)
@@ -146,6 +149,11 @@ class Server:
                 self._ship(observations, [msgspec.msgpack.encode(self.statistics.snapshot(self.batcher.images))])
         replies.close()
         observations.close()
+
+    def _observation_limit(self) -> int:
+        """Batches queued for the daemon at most, by count and by memory."""
+        batch_bytes = self.options.max_batch_size * math.prod(self.bundle.manifest.image_shape)
+        return max(2, min(self.options.observation_queue, OBSERVATION_BYTES // batch_bytes))
 
     def frontend_is_draining(self) -> bool:
         """Whether admission is closed, so that an empty queue stays empty."""
@@ -178,9 +186,8 @@ class Server:
 
         # 1. Tell the daemon first: a label that follows the reply must find its prediction.
         inputs = sample.random() < self.options.input_sample_rate
-        keys = [r.key for r in live for _ in range(len(r.x))] if any(r.key for r in live) else None
         observation = Observation(
-            epoch=self.epoch, first_id=first_id, version=result.version, n=len(x), inputs=inputs, keys=keys
+            epoch=self.epoch, first_id=first_id, version=result.version, n=len(x), inputs=inputs
         )
         tensors = [result.logits, result.features, *([x] if inputs else [])]
         self._ship(observations, [msgspec.msgpack.encode(observation), *(t.tobytes() for t in tensors)])
@@ -234,9 +241,10 @@ class Server:
                     "options": msgspec.to_builtins(self.options),
                     "version": self.version(),
                     "device": self.predictor.device,
-                    "building": self.builder is not None and self.builder.is_alive(),
                 }
             )
+        elif op == "release":  # the version in service has proved itself
+            self.predictor.release()
         elif op == "drain":
             self.should_exit = True
             respond({"op": "drain"})

@@ -1,7 +1,8 @@
 """Admitted requests, waiting to become batches: bounded, in order, deadline-aware.
 
-The frontend puts, the inference thread takes. A batch starts at once when the model is idle; while it is
-busy, requests gather. A request is never split: its images are in one batch and so of one version.
+The frontend puts, the inference thread takes. A batch starts at once when the model was idle; while it is
+busy, requests gather, and a batch that is not full then waits `max_wait_s`. A request is never split: its images
+are computed by one version.
 """
 
 import threading
@@ -32,7 +33,6 @@ class Pending:
     x: npt.NDArray[Any]
     received: float
     expires: float
-    key: str | None = None
     cancelled: bool = field(default=False, init=False)
 
 
@@ -80,11 +80,13 @@ class Batcher:
     def take(self, timeout_s: float) -> list[Pending]:
         """Wait for work and return the next batch in order of arrival; empty on time-out or close."""
         with self._ready:
-            if not self._queue:
+            idle = not self._queue
+            if idle:
                 self._ready.wait(timeout_s)
             if not self._queue:
                 return []
-            self._fill()
+            if not idle:
+                self._fill()
             batch = [self._queue.popleft()]
             size = len(batch[0].x)
             while self._queue and size + len(self._queue[0].x) <= self.max_batch_size:

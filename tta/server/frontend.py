@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import structlog
 import zmq
 
 from tta import protocol
 from tta.bundle import Manifest
-from tta.errors import CancelledError, TTAError, UnavailableError
+from tta.errors import CancelledError, Code, InputError, TTAError, UnavailableError
 from tta.server.batcher import Batcher, Pending
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, ServerOptions
 
@@ -91,6 +92,7 @@ class Frontend:
         statistics: Statistics,
         admin: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None],
         version: Callable[[], int],
+        log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.options = options
         self.manifest = manifest
@@ -99,9 +101,10 @@ class Frontend:
         self.draining = False
         self._admin = admin
         self._version = version
+        self._log = log
         self._data = context.socket(zmq.ROUTER)
         self._data.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that cannot be delivered is an error, not silence
-        self._data.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # No ROUTER_HANDOVER: with heartbeats, a second client of the same identity aborts libzmq 4.3.5.
         self._data.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)
         self._data.setsockopt(zmq.LINGER, 1000)
         self._data.setsockopt(zmq.HEARTBEAT_IVL, 5000)
@@ -143,16 +146,19 @@ class Frontend:
 
     def _handle(self, frames: list[bytes]) -> None:
         identity, body = frames[0], frames[1:]
-        request_id: Any = None
+        request_id = protocol.request_id(body)
         try:
-            request_id = protocol.peek(body[0]).get("id") if body else None
             request = protocol.decode_data(body)
             if isinstance(request, protocol.Predict):
                 self._admit(identity, request, body)
                 return
             reply = self._answer(identity, request)
         except TTAError as error:
-            self._count_rejection(error)
+            self._count_rejection(error.code)
+            reply = protocol.error_reply(request_id, error)
+        except Exception as error:  # no message may end the loop
+            self._count_rejection(Code.INTERNAL)
+            self._log.exception("request_failed", error=str(error))
             reply = protocol.error_reply(request_id, error)
         self._send([identity, *protocol.encode(reply)])
 
@@ -160,9 +166,11 @@ class Frontend:
         if self.draining:
             raise UnavailableError("draining: the server is going down", 1.0)
         x = protocol.decode_images(frames, request.dtype, request.shape, self.manifest.image_shape)
+        if len(x) > self.options.queue_images:
+            raise InputError(f"{len(x)} images in one request: at most {self.options.queue_images} are taken")
         now = time.monotonic()
         expires = now + request.deadline_s if request.deadline_s is not None else float("inf")
-        self.batcher.put(Pending(identity, request.id, x, now, expires, request.key))
+        self.batcher.put(Pending(identity, request.id, x, now, expires))
 
     def _answer(self, identity: bytes, request: protocol.DataRequest) -> dict[str, Any]:
         reply: dict[str, Any] = {"v": protocol.PROTOCOL_VERSION, "id": request.id, "code": 0}
@@ -184,7 +192,11 @@ class Frontend:
 
     def _handle_admin(self, frames: list[bytes]) -> None:
         identity = frames[0]
-        command = msgspec.msgpack.decode(frames[1])
+        try:
+            command = msgspec.msgpack.decode(frames[1], type=dict[str, Any])
+        except (msgspec.DecodeError, IndexError) as error:
+            self._log.warning("admin_message_refused", error=str(error))
+            return
 
         def respond(reply: dict[str, Any]) -> None:
             # Called in this thread for quick commands; the builder thread uses its own inproc socket.
@@ -193,9 +205,9 @@ class Frontend:
         command["identity"] = identity
         self._admin(command, respond)
 
-    def _count_rejection(self, error: TTAError) -> None:
-        code = error.code.name.lower()
-        self.statistics.rejected[code] = self.statistics.rejected.get(code, 0) + 1
+    def _count_rejection(self, code: Code) -> None:
+        name = code.name.lower()
+        self.statistics.rejected[name] = self.statistics.rejected.get(name, 0) + 1
 
     def _send(self, frames: list[bytes]) -> None:
         try:

@@ -1,6 +1,6 @@
 """What the daemon tells a server at its start, as a JSON file; and what both say to each other later.
 
-admin socket (daemon → server)   hello | swap | drain
+admin socket (daemon → server)   hello | swap | release | drain
 observations (server → daemon)   observation (one a batch) | counters (one a second)
 """
 
@@ -42,7 +42,6 @@ class Observation(msgspec.Struct, kw_only=True):
     version: int
     n: int
     inputs: bool
-    keys: list[str | None] | None = None
 
 
 DURATION_BUCKETS_S = tuple(0.00025 * 2**i for i in range(15))  # 250 us .. 4 s

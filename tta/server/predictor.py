@@ -117,15 +117,23 @@ class Predictor:
             return
 
     def run(self, x: Array) -> Prediction:
-        """Predict one batch with the version in service.
+        """Predict with the version in service, `max_batch_size` images at a time.
 
         Args:
-            x: (N, H, W, C) uint8.
+            x: (N, H, W, C) uint8, any N.
         """
-        session = self.current
+        session = self.current  # read once: one version computes every row
         if session is None:
             raise DeltaError("no version is active")
-        return self.run_with(session, x)
+        size = self.buckets[-1]
+        if len(x) <= size:
+            return self.run_with(session, x)
+        parts = [self.run_with(session, x[i : i + size]) for i in range(0, len(x), size)]
+        return Prediction(
+            session.version,
+            np.concatenate([p.logits for p in parts]),
+            np.concatenate([p.features for p in parts]),
+        )
 
     def run_with(self, session: Session, x: Array) -> Prediction:
         """Predict one batch with a given session; see `run`."""

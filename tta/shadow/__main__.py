@@ -1,4 +1,4 @@
-"""`python -m tta.shadow BUNDLE WORKERS DEVICE NICE`: run any version on images the daemon sends.
+"""`python -m tta.shadow BUNDLE WORKERS DEVICE NICE PARENT`: run any version on images the daemon sends.
 
 The charts always see the source model's features through it, and the gate judges the very session that would
 serve. One thread, one request at a time: `{op:"run", id, versions:[[number, folder]...], shape}` + images gives
@@ -62,8 +62,8 @@ class Shadow:
 
 def main() -> int:
     """Serve the daemon until it goes away."""
-    bundle, workers, device, nice = sys.argv[1:5]
-    become_worker(int(nice))
+    bundle, workers, device, nice, parent = sys.argv[1:6]
+    become_worker(int(nice), int(parent))
     logger = log.setup("shadow")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)
@@ -80,7 +80,8 @@ def main() -> int:
         header = msgspec.msgpack.decode(frames[0])
         try:
             reply, tensors = shadow.run(header, frames[1])
-        except TTAError as error:
+        except Exception as error:  # one request must not end the charts' eyes
+            logger.warning("run_failed", error=str(error))
             reply, tensors = {"op": "ran", "id": header["id"], "error": str(error)}, []
         socket.send_multipart([msgspec.msgpack.encode(reply), *tensors])
 

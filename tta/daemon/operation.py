@@ -1,0 +1,221 @@
+"""One operation: from labels to a verdict. Writes the adapter's request, stores its candidate, asks the gate.
+
+Knows nothing of the cycle: whoever starts an operation is told how it ended, once, unless it was cancelled.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from tta.config import Config
+from tta.daemon import gate
+from tta.daemon.labels import LabelBuffer, Labelled
+from tta.daemon.ledger import Ledger, stack_inputs
+from tta.daemon.links import AdapterLink, Outputs, ShadowLink
+from tta.daemon.metrics import Metrics
+from tta.daemon.store import Store
+from tta.errors import NotFoundError
+from tta.versions import SOURCE
+
+Array = npt.NDArray[Any]
+MIN_WINDOW = 64  # unlabelled images under which normalisation is not re-estimated
+NORMALISATION = "normalisation"  # what was operated on where no block was
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """How an operation ended.
+
+    Attributes:
+        version: stored and accepted; 0 if none was.
+        accuracy: of it on the gate's labels.
+        evidence: every number of the verdict, or "error".
+        gate_labels_needed: more that would probably decide.
+    """
+
+    version: int
+    accuracy: float
+    evidence: dict[str, Any] = field(default_factory=dict)
+    gate_labels_needed: int = 0
+
+
+class Operation:
+    """The operating theatre: one operation at a time. Owned by the daemon's main thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        labels: LabelBuffer,
+        ledger: Ledger,
+        metrics: Metrics,
+        shadow: ShadowLink,
+        adapter: AdapterLink,
+        work: Path,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.labels = labels
+        self.ledger = ledger
+        self.metrics = metrics
+        self.shadow = shadow
+        self.adapter = adapter
+        self._work = work
+        self._job = 0  # of the operation under way; an answer to an older one is dropped
+        shutil.rmtree(work, ignore_errors=True)  # requests of a daemon that was killed
+
+    def start(
+        self, onset: int, serving: int, suited: str, alpha: float, concluded: Callable[[Conclusion], None]
+    ) -> None:
+        """Operate.
+
+        Args:
+            onset: place in the stream from which labels and images count.
+            serving: version to beat.
+            suited: block the diagnosis names, or "".
+            alpha: the gate may spend.
+            concluded: told how it ended.
+        """
+        self._job += 1
+        job, began = self._job, time.monotonic()
+        labelled = self.labels.select(onset, fit=True, limit=self.config.adapt.max_labels)
+        if not labelled:
+            concluded(Conclusion(0, 0.0, {"error": "no labels to fit"}))
+            return
+        folder = self._work / f"request-{job}"
+        folder.mkdir(parents=True)
+        x, y = arrays_of(labelled)
+        arrays = {"x_fit": x, "y_fit": y}
+        window = stack_inputs(self.ledger.since(onset, self.config.adapt.window))
+        if window is not None and len(window) >= MIN_WINDOW:
+            arrays["x_window"] = window
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
+        serving_folder = self.store.folder(serving)
+        request = {
+            "suited": suited,
+            "starts": {"serving": str(serving_folder)} if serving_folder else {},
+            "settings": self._settings(),
+        }
+        (folder / "request.json").write_text(json.dumps(request))
+
+        def finished(header: dict[str, Any]) -> None:
+            self.metrics.phase_s.labels("adapt").observe(time.monotonic() - began)
+            if job == self._job:
+                self._candidate(folder, header, onset, serving, alpha, concluded)
+            shutil.rmtree(folder, ignore_errors=True)
+
+        self.adapter.submit(folder, finished)
+
+    def cancel(self) -> None:
+        """Give up the operation under way."""
+        self._job += 1
+        self.adapter.cancel()
+
+    def _settings(self) -> dict[str, Any]:
+        """What the race needs; see `tta.adapter.race.Settings`."""
+        c = self.config.adapt
+        return {
+            "selection": c.selection,
+            "n_blocks": c.blocks,
+            "folds": c.folds,
+            "epochs": c.epochs,
+            "batch_size": c.batch_size,
+            "learning_rates": c.learning_rates,
+            "head_learning_rates": c.head_learning_rates,
+            "augment": c.augment,
+            "budget_s": c.budget_s,
+            "seed": c.seed,
+        }
+
+    def _candidate(
+        self,
+        folder: Path,
+        header: dict[str, Any],
+        onset: int,
+        serving: int,
+        alpha: float,
+        concluded: Callable[[Conclusion], None],
+    ) -> None:
+        """The adapter has finished: keep its candidate and put it before the gate."""
+        if header["op"] == "failed":
+            self._count("", "failed")
+            concluded(Conclusion(0, 0.0, {"error": header["error"]}))
+            return
+        block = header["block"]
+        version = self._keep(folder / "candidate", block, header["start"], header["report"])
+        free = self._keep(folder / "label-free", "", "batch-norm", {}) if header.get("label_free") else None
+        candidates = [v for v in (version, free) if v is not None]
+        rows = self.labels.select(onset, fit=False, limit=self.config.adapt.max_labels)
+        if not rows:
+            self._discard(candidates)
+            concluded(Conclusion(0, 0.0, {"error": "no gate labels"}, 16))
+            return
+        x, y = arrays_of(rows)
+        job, began = self._job, time.monotonic()
+
+        def judged(outputs: Outputs | None) -> None:
+            self.metrics.phase_s.labels("gate").observe(time.monotonic() - began)
+            if job != self._job:
+                self._discard(candidates)
+            elif outputs is None:
+                self._discard(candidates)
+                self._count(block, "failed")
+                concluded(Conclusion(0, 0.0, {"error": "the shadow could not run the candidate"}))
+            else:
+                concluded(self._judge(outputs, y, version, free, block, alpha))
+
+        versions = [version, serving, SOURCE, *([free] if free is not None else [])]
+        self.shadow.ask([(v, self.store.folder(v)) for v in versions], x, judged)
+
+    def _judge(
+        self, outputs: Outputs, y: Array, version: int, free: int | None, block: str, alpha: float
+    ) -> Conclusion:
+        """Ask the gate; the candidate made without labels may win if they did not help."""
+        right = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
+        candidate, serving, source = right[:3]
+        label_free = right[3] if free is not None else None
+        alpha /= 1 if free is None else 2  # two candidates share it
+        verdict = gate.judge(candidate, serving, source, label_free, alpha)
+        if label_free is not None and free is not None:
+            plain = gate.judge(label_free, serving, source, None, alpha)
+            if verdict.outcome != "accepted" and plain.outcome == "accepted":
+                self._count(block, verdict.outcome)
+                verdict, version, free, block = plain, free, version, ""
+            self._discard([free])
+        self._count(block, verdict.outcome)
+        evidence = {"candidate": version, "block": block, **verdict.fields()}
+        if verdict.outcome != "accepted":
+            self._discard([version])
+            return Conclusion(0, 0.0, evidence, verdict.labels_needed)
+        self.store.amend(version, verdict=verdict.fields())
+        return Conclusion(version, verdict.accuracy_candidate, evidence)
+
+    def _keep(self, folder: Path, block: str, start: str, report: dict[str, Any]) -> int:
+        delta, probe = ((folder / f"{name}.safetensors").read_bytes() for name in ("delta", "probe"))
+        return self.store.write(delta, probe, block, start, time.time(), report, {})
+
+    def _discard(self, versions: list[int]) -> None:
+        for version in versions:
+            try:
+                self.store.discard(version)
+            except NotFoundError:
+                continue
+
+    def _count(self, block: str, outcome: str) -> None:
+        self.metrics.adaptations.labels(block or NORMALISATION, outcome).inc()
+
+
+def arrays_of(rows: list[Labelled]) -> tuple[Array, Array]:
+    """Images (N, H, W, C) uint8 and classes (N,) int64 of labels that have both; N may be 0."""
+    usable = [(r.x, r.label) for r in rows if r.x is not None and r.label is not None]
+    if not usable:
+        return np.zeros((0, 1, 1, 1), np.uint8), np.zeros(0, np.int64)
+    return np.stack([x for x, _ in usable]), np.array([label for _, label in usable], np.int64)
