@@ -540,6 +540,7 @@ def draw_timeline(scenario: Scenario, path: Path, title: str) -> None:
         axes[1].plot(samples, values, color=colour, linewidth=1, label=name)
     axes[1].axhline(1, color="#b3261e", linewidth=1, linestyle="--")
     axes[1].set_yscale("log")
+    axes[1].set_ylim(top=20 * max(1.0, *(v for m in scenario.moments for v in m.drift.values())))
     axes[1].set_ylabel("drift / threshold")
     axes[1].legend(loc="upper left", ncols=len(names), fontsize=8, frameon=False)
     versions = [s.version if s.version >= 0 else np.nan for s in scenario.sent]

@@ -12,15 +12,14 @@ WIDTH = 78  # characters of an event's line
 DETAILS = (  # of an event, worth a person's glance; the log has all
     "cause",
     "kind",
-    "block",
     "onset",
     "labels",
     "errors",
     "candidate",
     "serving",
     "regime",
-    "accuracy_serving",
-    "accuracy_candidate",
+    "block",
+    "accuracy",
     "p_val",
     "reason",
     "wanted",
@@ -77,9 +76,17 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
 
 def describe(event: dict[str, Any]) -> str:
     """One line of what happened: place in the stream, event, its most telling numbers."""
-    details = []
+    if "accuracy_candidate" in event:
+        gain = f"{100 * event['accuracy_serving']:.0f} → {100 * event['accuracy_candidate']:.0f} %"
+        event = {**event, "accuracy": gain}
+    line = f"{event['sequence']:>7}  {event['event']:<14}"
+    separator = " "
     for key in DETAILS:
         value = event.get(key)
-        if value not in ("", None):
-            details.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
-    return f"{event['sequence']:>7}  {event['event']:<15}  {', '.join(details)}"[:WIDTH]
+        if value in ("", None):
+            continue
+        shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+        part = f"{separator}{key} {shown}"
+        if len(line) + len(part) <= WIDTH:
+            line, separator = line + part, ", "
+    return line
