@@ -12,12 +12,13 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 from bench import cifar
 from tta.commands.demo import _View, print_report
-from tta.scenario import DaemonProcess, Phase, Scenario, as_json, draw_timeline
+from tta.scenario import DaemonProcess, Phase, Scenario, draw_timeline, measure
 
 RESULTS = Path(__file__).parent / "results"
 N_REFERENCE = 2000
@@ -75,13 +76,13 @@ def main() -> int:
             scenario.run()
     finally:
         daemon.stop()
-    report = scenario.report(path)
+    report = measure(scenario, path)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
         "command": "python -m bench.cifar_loop",
-        **as_json(report),
+        **asdict(report),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "cifar_loop.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -13,7 +13,7 @@ MAY_OPEN_SOCKETS = {
     "daemon/daemon.py",
     "daemon/http.py",
     "daemon/links.py",
-    "scenario.py",
+    "scenario/process.py",
     "server/__main__.py",
     "server/frontend.py",
     "shadow/__main__.py",

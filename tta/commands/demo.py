@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,8 +41,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a small model, serve it, and drive it through noise, a change of meaning, and noise again."""
-    from tta.scenario import DaemonProcess, Scenario, draw_timeline
-    from tta.scenario import as_json as to_json
+    from tta.scenario import DaemonProcess, Scenario, draw_timeline, measure
 
     began = time.monotonic()
     bundle = folder / "digits.tta"
@@ -57,12 +57,12 @@ def demo(
             scenario.run()
     finally:
         daemon.stop()
-    report = scenario.report(bundle)
+    report = measure(scenario, bundle)
     report.seconds = round(time.monotonic() - began, 1)
     picture = folder / "timeline.png"
     draw_timeline(scenario, picture, "tta demo: handwritten digits, one small ResNet, two cores")
     if as_json:
-        print_json({**to_json(report), "picture": str(picture)})
+        print_json({**asdict(report), "picture": str(picture)})
     else:
         print_report(report)
         print(f"picture {picture}   log {daemon.log_path}   state {folder / 'run' / 'state'}")
