@@ -66,7 +66,7 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
     lines.append(f"  labelled   {accuracy or 'no labels yet'} ({now['labels_buffered']} labels on disk)")
     up = ", ".join(
         f"{name} {'up' if p['ready'] else 'idle' if p['pid'] is None else 'starting'}"
-        + (f" ({p['restarts']} restarts)" if p["restarts"] else "")
+        + (f" (restarted {p['restarts']}×)" if p["restarts"] else "")
         for name, p in now["processes"].items()
     )
     lines.append(f"  processes  {up}")

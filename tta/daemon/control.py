@@ -68,6 +68,16 @@ class Control:
             self.log.exception("control_failed", error=str(error))
             fail(error)
 
+    def is_early(self, frames: list[bytes]) -> bool:
+        """Whether this labels a prediction that the server has answered and not yet told us of."""
+        try:
+            request = protocol.decode_control(frames)
+        except TTAError:
+            return False
+        return isinstance(request, protocol.Label) and any(
+            i > self.ledger.last_id for i in request.prediction_ids[:MAX_LABELS]
+        )
+
     def _answer(self, request: protocol.ControlRequest, frames: list[bytes]) -> Reply:
         treatment = self.treatment
         match request:

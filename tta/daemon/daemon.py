@@ -28,7 +28,7 @@ from tta.daemon.processes import Logger, Process, is_alive, runtime_folder
 from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
 from tta.daemon.watch import Watch
-from tta.errors import ConfigError, InputError
+from tta.errors import ConfigError, InputError, TTAError
 from tta.monitor.regimes import fingerprint
 from tta.protocol import encode
 from tta.server.options import Counters, Observation, ServerOptions
@@ -38,6 +38,8 @@ Array = np.ndarray[Any, Any]
 
 POLL_MS = 50
 BURST = 512
+EARLY_S = 1.0  # seconds a label waits for its prediction's observation
+MAX_EARLY = 1000  # labels waiting so
 BEAT_S = 0.25  # seconds between two rounds of supervision
 SAVE_S = 5.0  # seconds between two saves of the stream's position
 START_S = 120.0  # seconds a server may take to load its model
@@ -56,6 +58,7 @@ class Daemon:
         self.should_exit = False
         self._ticked = time.monotonic()
         self._started = False
+        self._early: list[tuple[float, list[bytes]]] = []  # labels ahead of their predictions: until when, frames
 
     # -- startup ------------------------------------------------------------------------------------------
 
@@ -206,7 +209,8 @@ class Daemon:
 
     def _server_options(self) -> ServerOptions:
         c = self.config.server
-        folder = self.store.folder(self.treatment.case.serving)
+        # The newest that verifies: a lost folder must not keep the server down.
+        folder = self.store.folder(self.store.verified(self.treatment.case.serving))
         return ServerOptions(
             bundle=str(self.config.bundle.resolve()),
             version_folder=str(folder.resolve()) if folder else None,
@@ -291,6 +295,8 @@ class Daemon:
                 self._drain(self._admin, self._hear_server)
             if self._control in ready:
                 self._drain(self._control, self._obey)
+            if self._early:
+                self._answer_early(now)
             if now - beat >= BEAT_S:
                 beat = now
                 self._supervise(now)
@@ -308,7 +314,7 @@ class Daemon:
                 return
             try:
                 handle(frames)
-            except (msgspec.MsgspecError, LookupError, ValueError, TypeError) as error:
+            except (msgspec.MsgspecError, TTAError, LookupError, ValueError, TypeError) as error:
                 # No message ends the daemon, not even one of our own that we misunderstand.
                 self.log.exception("message_refused", error=str(error))
 
@@ -370,8 +376,23 @@ class Daemon:
             self.adapter.handle(header, time.monotonic())
 
     def _obey(self, frames: list[bytes]) -> None:
-        # A label must find its prediction, also behind a burst of other requests.
+        # A label must find its prediction: the observation was sent first, but by another way.
         self._drain(self._observations, self._observe)
+        if len(self._early) < MAX_EARLY and self.control.is_early(frames[1:]):
+            self._early.append((time.monotonic() + EARLY_S, frames))
+        else:
+            self._answer(frames)
+
+    def _answer_early(self, now: float) -> None:
+        """Answer the labels whose predictions have become known, or that have waited long enough."""
+        waiting, self._early = self._early, []
+        for until, frames in waiting:
+            if now < until and self.control.is_early(frames[1:]):
+                self._early.append((until, frames))
+            else:
+                self._answer(frames)
+
+    def _answer(self, frames: list[bytes]) -> None:
         identity = frames[0]
 
         def respond(reply: Reply) -> None:

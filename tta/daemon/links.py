@@ -98,9 +98,9 @@ class ShadowLink:
         for part in parts:
             self.ask(versions, part, collect)
 
-    def _send(self, job: _Job) -> None:
+    def _send(self, job: _Job, counts: bool = True) -> None:
         job.sent = time.monotonic()
-        job.attempts += 1
+        job.attempts = job.attempts + 1 if counts else 1
         self._socket.send_multipart([b"shadow", *job.frames])
 
     def oldest_s(self, now: float) -> float:
@@ -112,17 +112,20 @@ class ShadowLink:
         """Take a message from the shadow."""
         if header["op"] == "hello":
             self.process.ready = True
+            head = next(iter(self._jobs), None)  # was being run when the process ended
             for number, job in list(self._jobs.items()):
-                # The first of them was being run when the process ended.
-                if job.attempts >= MAX_ATTEMPTS:
+                if number == head and job.attempts >= MAX_ATTEMPTS:
                     del self._jobs[number]
                     job.then(None)
                 else:
-                    self._send(job)
+                    self._send(job, counts=number == head)
             return
         found = self._jobs.pop(header["id"], None)
         if found is None:
             return  # answered before the last restart
+        following = next(iter(self._jobs.values()), None)
+        if following is not None:  # its turn has come only now
+            following.sent = time.monotonic()
         if "error" in header:
             found.then(None)
             return
@@ -140,6 +143,7 @@ class ServerLink:
         self._socket = socket
         self._swap: tuple[dict[str, Any], Callable[[dict[str, Any]], None]] | None = None
         self._again = False
+        self._attempts = 0
         self._next = 1
 
     @property
@@ -164,7 +168,7 @@ class ServerLink:
             "folder": str(folder) if folder else None,
         }
         self._next += 1
-        self._swap = (command, then)
+        self._swap, self._attempts = (command, then), 0
         self._send(command)
 
     def handle(self, reply: dict[str, Any], now: float) -> None:
@@ -175,7 +179,12 @@ class ServerLink:
             self.hello = reply
             self.process.ready = True
             if restarted and self._swap is not None:
-                self._send(self._swap[0])
+                self._attempts += 1
+                if self._attempts >= MAX_ATTEMPTS:
+                    then, self._swap = self._swap[1], None
+                    then({"op": "swap", "error": "the server died preparing it"})
+                else:
+                    self._send(self._swap[0])
         elif reply["op"] == "swap" and self._swap is not None and reply["id"] == self._swap[0]["id"]:
             if reply.get("error") == "another version is being prepared":
                 self._again = True  # on the next beat

@@ -152,8 +152,12 @@ class Treatment:
         verified = self.store.verified(self.case.serving)
         if verified != self.case.serving:
             self._log.error("version_lost", version=self.case.serving, serving=verified)
-            self.case = Case(since=self.sequence)
+            self.case = Case(since=self.sequence, paused=self.case.paused)
             self.cycle = Cycle()
+        for regime in list(self.library.regimes.values()):
+            if self.store.verified(regime.version) != regime.version:
+                self._log.error("regime_forgotten", regime=regime.number, lost_version=regime.version)
+                self.library.forget(regime.number)
         if self.case.regime not in self.library.regimes:
             self.case.regime = HOME
         if state is State.PROBATION:
@@ -213,10 +217,10 @@ class Treatment:
 
     def alarm(self, alarm: Alarm, sequence: int) -> None:
         """A chart crossed its threshold at `sequence`."""
-        if self.cycle.state is State.DRIFTED and self.case.cause == "labels":
+        if self.cycle.state is State.DRIFTED and self.case.cause in ("labels", "operator"):
             self.case.cause = "charts"  # it is not only the output
             self.watch.look_from(sequence)
-        if self.cycle.state is not State.STABLE or self._suspicion is not None or self.case.swap_to >= 0:
+        if self.cycle.state is not State.STABLE or self._suspicion is not None or self.swapping:
             return
         self._suspicion = (alarm, sequence)
         if self.regime.number == HOME:
@@ -258,13 +262,13 @@ class Treatment:
         if self.cycle.state is State.STABLE and same_features == HOME and self._suspicion is None:
             return  # the charts watch; a fingerprint is for telling regimes apart afterwards
         found = self.watch.recognised()
-        if self.case.swap_to >= 0:
+        if self.swapping:
             return
-        if found is not None and found.number == same_features:
+        if found is not None and found.number == same_features and self._is_served(found):
             if self._suspicion is not None:
                 self._suspicion = None
                 self.watch.charts.reset()
-            elif self.case.cause == "charts":
+            elif self.case.cause == "charts" or (self.case.cause == "operator" and not self.case.forced):
                 self.happen(Event.QUIET, regime=found.number)
         elif found is not None and (self.config.library.recall != "off" or found.number == HOME):
             sample = self._suspicion[1] if self._suspicion else self.case.onset
@@ -274,6 +278,12 @@ class Treatment:
             self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
         elif self._suspicion is not None and self.sequence - self._suspicion[1] > SUSPICION_SAMPLES:
             self._raise_suspicion()
+
+    def _is_served(self, found: Regime) -> bool:
+        """Whether what serves is meant for a recognised regime, or for one whose features look like it."""
+        if self.cycle.state is State.PROBATION:
+            return True  # it is on trial for the present traffic
+        return found.version == self.case.serving or self.regime.version == self.case.serving != found.version
 
     def _look_while_idle(self) -> None:
         """Without acting, an alarm still ends when the traffic is as before."""
@@ -353,7 +363,7 @@ class Treatment:
     def _probing(self) -> bool:
         """Whether live labels compare the serving version with the one before."""
         case = self.case
-        return self.cycle.state is State.PROBATION and case.swap_to < 0 and case.previous != case.serving
+        return self.cycle.state is State.PROBATION and not self.swapping and case.previous != case.serving
 
     # -- time -------------------------------------------------------------------------------------------
 
@@ -362,7 +372,7 @@ class Treatment:
         if self._unfinished and self.server.process.ready:
             self._unfinished = False
             self._change(self.case.swap_to, self.case.swap_regime, self.case.swap_reason)
-        if self.case.swap_to >= 0:
+        if self.swapping:
             return
         if self.cycle.state is State.DRIFTED and not self.case.proposal:
             have = self.labels.count(self.case.onset)
@@ -371,7 +381,7 @@ class Treatment:
                 self._recall_by_labels()
             # A restarted daemon has to see the traffic again before it judges it.
             seen = len(self.watch.window(WINDOW)[0]) >= WINDOW
-            if have >= min(self.case.wanted, self.labels.capacity) and (seen or self.case.forced):
+            if have >= self.case.wanted and (seen or self.case.forced):
                 self._decide_whether_to_adapt(have)
         elif self.cycle.state is State.PROBATION and self._probation_from is not None and self.acting:
             elapsed = time.monotonic() - self._probation_from
@@ -390,7 +400,7 @@ class Treatment:
         self.case.kind = self.diagnosis.kind
         evidence = {"labels": have, "errors": wrong, "p_val": round(p_val, 6), **asdict(self.diagnosis)}
         if not errors_up and not self.case.forced:
-            if self.case.cause == "labels" or self.watch.fingerprint() is None:
+            if self.case.cause != "charts" or self.watch.fingerprint() is None:
                 self.happen(Event.QUIET, **evidence)
             elif self.acting:
                 self.happen(Event.HARMLESS, **evidence)
@@ -413,8 +423,9 @@ class Treatment:
 
         def then(outputs: Outputs | None) -> None:
             self._recalling = False
-            if outputs is None or self.cycle.state is not State.DRIFTED or not self.acting:
+            if outputs is None or self.cycle.state is not State.DRIFTED or not self.acting or self.swapping:
                 return
+            self.case.looks += 1
             serving, *rights = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
             best = max(range(len(rights)), key=lambda i: sum(rights[i]))
             regime, right = candidates[best], rights[best]
@@ -437,15 +448,18 @@ class Treatment:
 
     def next_alpha(self) -> float:
         """What the next look at this shift's labels may spend: alpha/2, alpha/4, ... of `gate.alpha`."""
-        self.case.looks += 1
-        return float(self.config.gate.alpha / 2**self.case.looks)
+        return float(self.config.gate.alpha * 0.5 ** (self.case.looks + 1))
 
     def _cancel(self) -> None:
         self.operation.cancel()
 
     def _concluded(self, conclusion: Conclusion) -> None:
         """The operation under way has ended with a verdict or an error."""
+        if self.cycle.state is not State.ADAPTING:
+            return
         self.case.forced = False
+        if "outcome" in conclusion.evidence:  # only a verdict has used the labels
+            self.case.looks += 1
         if conclusion.version:
             self.case.proposal, self.case.accuracy = conclusion.version, conclusion.accuracy
             self.case.target = NEW
@@ -456,6 +470,8 @@ class Treatment:
         needed = round(conclusion.gate_labels_needed / (1 - self.config.labels.fit_fraction))
         have = self.labels.count(self.case.onset)
         self.case.wanted = have + max(self.config.adapt.retry_labels, needed)
+        if self.case.wanted > self.labels.capacity:  # they would push each other out: start counting anew
+            self.case.onset, self.case.wanted = self.sequence, self.config.adapt.labels
         self.happen(Event.NOT_ACCEPTED, wanted=self.case.wanted, **conclusion.evidence)
 
     def approve(self) -> int:
@@ -521,7 +537,9 @@ class Treatment:
         """`version` answers from now on."""
         case = self.case
         case.swap_to = -1
-        if version != case.serving:
+        if version == case.serving:
+            case.previous, case.previous_regime = version, case.regime  # nothing to compare with
+        else:
             # What was rolled back is not what one rolls back to.
             case.previous = SOURCE if reason == "rollback" else case.serving
             case.previous_regime = HOME if reason == "rollback" else case.regime
@@ -587,13 +605,17 @@ class Treatment:
 
         def then(reply: dict[str, Any]) -> None:
             if "error" in reply:  # our version cannot be served (any more): take the server's word
-                self.case.target = NEW
-                self.case.cause, self.case.kind = "", ""
-                self.cycle = Cycle()
+                self.happen(Event.OPERATOR, reason="refused")
                 regimes = [r.number for r in self.library.regimes.values() if r.version == version]
                 self._served(version, regimes[0] if regimes else HOME, "refused")
+                self._watch()
 
-        self.server.swap(self.case.serving, self.store.folder(self.case.serving), then)
+        try:
+            folder = self.store.folder(self.case.serving)
+        except NotFoundError as error:
+            then({"error": str(error)})
+            return
+        self.server.swap(self.case.serving, folder, then)
 
     # -- the operator's hand ---------------------------------------------------------------------------
 
@@ -627,6 +649,9 @@ class Treatment:
             self.save()
             then(reply)
 
+        if self.cycle.state is State.ADAPTING:
+            self.operation.cancel()
+            self.happen(Event.NOT_ACCEPTED, error=f"{reason} by the operator")
         self.server.swap(version, folder, done)
 
     def pause(self) -> None:
@@ -646,8 +671,13 @@ class Treatment:
         self.record("resumed")
         self.save()
 
+    @property
+    def swapping(self) -> bool:
+        """Whether a swap is under way, asked for by the cycle, the operator or `reconcile`."""
+        return self.server.swapping or self.case.swap_to >= 0
+
     def _refuse_while_swapping(self) -> None:
-        if self.server.swapping or self.case.swap_to >= 0:
+        if self.swapping:
             raise PreconditionError("a swap is under way: try again in a moment")
 
     def adapt_now(self) -> int:
