@@ -29,7 +29,6 @@ from tta.errors import Code, InputError, ProtocolError, TTAError
 PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 1 << 16
 MAX_ID_CHARS = 256
-DTYPES = ("uint8", "float32")
 
 Array = npt.NDArray[Any]
 

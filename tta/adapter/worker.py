@@ -26,7 +26,6 @@ from tta.process import become_worker
 from tta.versions import load_version
 
 N_PROBE = 16
-PROBE_SEED = 0
 
 
 def resolve_device(device: str) -> str:

@@ -204,7 +204,7 @@ class Daemon:
         )
         self.processes = (server, shadow, adapter)
         self.server = ServerLink(server, self._admin)
-        self.shadow = ShadowLink(shadow, self._workers, self.bundle.manifest)
+        self.shadow = ShadowLink(shadow, self._workers)
         self.adapter = AdapterLink(adapter, self._workers)
 
     def _server_options(self) -> ServerOptions:

@@ -47,7 +47,6 @@ class Ledger:
         self.max_bytes = max_bytes
         self.max_age_s = max_age_s
         self.n_bytes = 0
-        self.first_id: int | None = None  # of anything ever observed by this daemon
         self.last_id = 0
         self._entries: OrderedDict[int, Entry] = OrderedDict()
 
@@ -56,8 +55,6 @@ class Ledger:
 
     def add(self, entry: Entry) -> None:
         """Remember a prediction and forget what is too old or too much."""
-        if self.first_id is None:
-            self.first_id = entry.prediction_id
         self.last_id = max(self.last_id, entry.prediction_id)
         self._entries[entry.prediction_id] = entry
         self.n_bytes += entry.n_bytes

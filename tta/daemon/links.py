@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from tta.bundle import Manifest
 from tta.daemon.processes import Process
 
 Array = npt.NDArray[Any]
@@ -39,10 +38,9 @@ class _Job:
 class ShadowLink:
     """Runs versions on images, off the hot path; answers come in order."""
 
-    def __init__(self, process: Process, socket: "zmq.Socket[bytes]", manifest: Manifest) -> None:
+    def __init__(self, process: Process, socket: "zmq.Socket[bytes]") -> None:
         self.process = process
         self._socket = socket
-        self._manifest = manifest
         self._jobs: OrderedDict[int, _Job] = OrderedDict()
         self._next = 1
 

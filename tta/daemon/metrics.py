@@ -1,6 +1,6 @@
 """Every metric in one registry; the server's totals go on rising when a server is restarted.
 
-Prefix `tta_`, base units, closed label sets. `METRICS` in the README is generated from here.
+Prefix `tta_`, base units, closed label sets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,11 +39,6 @@ class ServerTotals(Collector):
         if len(self._by_epoch) > 2:  # fold the older ones into one
             oldest, second = sorted(self._by_epoch)[:2]
             self._by_epoch[second] = _added(self._by_epoch.pop(oldest), self._by_epoch[second], second)
-
-    @property
-    def images(self) -> int:
-        """Images answered."""
-        return sum(c.images for c in self._by_epoch.values())
 
     def collect(self) -> Iterator[Any]:
         """Metric families, for prometheus_client."""
