@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from tta.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("model.onnx", "weights.safetensors", "reference.safetensors", "anchor.safetensors")
 
 

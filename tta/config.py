@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -63,7 +63,23 @@ class DaemonConfig(Section):
 class MonitorConfig(Section):
     """Drift detection."""
 
-    arl: float | None = Field(None, ge=100, description="samples between two false alarms; null: the bundle's")
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    arl: float | None = Field(
+        None,
+        ge=100,
+        validation_alias=AliasChoices("arl", "ert"),
+        description="samples between two false alarms (also: ert); null: the bundle's",
+    )
+    stickiness: float | None = Field(
+        None, ge=0, le=0.95, description="chance that a sample repeats the one before; null: measured"
+    )
+    min_effect: float = Field(
+        0.5, ge=0, description="standard deviations a block must move before a shift is worth acting on"
+    )
+    accepted_loss: float = Field(
+        0.02, ge=0, lt=1, description="predicted loss of accuracy that is still no reason to act"
+    )
     label_arl: float = Field(2000.0, ge=100, description="labels between two false alarms of the error test")
     error_tolerance: float = Field(0.05, ge=0, lt=1, description="rise of the error rate that is still in order")
     window: int = Field(512, ge=64, description="samples that make a regime's fingerprint")

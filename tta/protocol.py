@@ -29,6 +29,7 @@ from tta.errors import Code, InputError, ProtocolError, TTAError
 PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 1 << 16
 MAX_ID_CHARS = 256
+MAX_KEY_CHARS = 64
 
 Array = npt.NDArray[Any]
 
@@ -50,13 +51,14 @@ class Predict(Request, tag_field="op", tag="predict", omit_defaults=True, kw_onl
         dtype: "uint8".
         shape: (N, H, W, C).
         deadline_s: drop the request unless it can start within this many seconds of its arrival.
-        key: who sent it (camera, client); taken, and not used yet.
+        key: who sent it (camera, client), at most 64 characters: so that one chatty source does not drown the
+            others in the drift charts, and a shift of one is told from a shift of all.
     """
 
     dtype: str
     shape: list[int]
     deadline_s: float | None = None
-    key: str | None = None
+    key: Annotated[str, msgspec.Meta(max_length=MAX_KEY_CHARS)] | None = None
 
 
 class Cancel(Request, tag_field="op", tag="cancel", omit_defaults=True, kw_only=True):

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tta.monitor.accuracy import ErrorDetector, PairedTest, binomial_tail, paired_p_value
+from tests.monitor.stream import make_reference
+from tta.monitor.accuracy import ConfidenceModel, ErrorDetector, PairedTest, binomial_tail, paired_p_value
 
 
 def test_false_alarms_stay_under_the_bound() -> None:
@@ -67,3 +68,47 @@ def test_the_binomial_tail_is_exact(k: int, n: int, p: float) -> None:
 def test_four_labels_cannot_pass_a_five_percent_test() -> None:
     """Winning all of four labels has p = 1/16, which is not below 5 %."""
     assert paired_p_value([True] * 4, [False] * 4) == pytest.approx(1 / 16)
+
+
+def test_the_residual_test_excuses_errors_the_model_expects() -> None:
+    """Harder inputs raise the error test and not the residual test; a changed meaning of labels raises both."""
+    rng = np.random.default_rng(3)
+
+    def alarms(expected: float, happening: float) -> tuple[bool, bool]:
+        errors, residuals = ErrorDetector(0.1, 2000), ErrorDetector(0.1, 2000)
+        for _ in range(200):
+            wrong = bool(rng.random() < happening)
+            errors.update(wrong)
+            residuals.update(wrong, expected + 0.05)
+        return errors.statistic > 1, residuals.statistic > 1
+
+    assert alarms(0.4, 0.4) == (True, False)
+    assert alarms(0.05, 0.4) == (True, True)
+
+
+def test_a_detector_restored_goes_on_alike() -> None:
+    """An error detector restored from its state stands where the other stands."""
+    rng = np.random.default_rng(4)
+    whole, first, second = (ErrorDetector(0.1, 2000) for _ in range(3))
+    outcomes = [bool(e) for e in rng.random(60) < 0.2]
+    for error in outcomes:
+        whole.update(error)
+    for error in outcomes[:25]:
+        first.update(error)
+    second.load_state(first.state())
+    for error in outcomes[25:]:
+        second.update(error)
+
+    assert second.statistic == whole.statistic
+    assert second.labels_since_onset == whole.labels_since_onset
+
+
+def test_confidence_predicts_accuracy() -> None:
+    """On the reference the predicted accuracy is the real one; with confidence gone it is far lower."""
+    reference = make_reference(2000, 12)
+    model = ConfidenceModel(reference)
+
+    assert model.predicted_accuracy(reference.confidences) == pytest.approx(model.accuracy, abs=0.01)
+    assert model.predicted_accuracy(reference.confidences * 3 - 1) < model.accuracy - 0.3
+    assert 0 < model.error_rate(-0.01) < 1
+    assert 0 < model.error_rate(-10.0) < 1

@@ -1,9 +1,10 @@
 """Regimes and diagnosis: home is home, a shift is itself, and depth tells kinds apart."""
 
 import numpy as np
+import pytest
 
 from tta.monitor.charts import Layout
-from tta.monitor.diagnosis import diagnose
+from tta.monitor.diagnosis import diagnose, fit_cut
 from tta.monitor.regimes import WINDOW, fingerprint, recognise
 
 D = 20
@@ -20,7 +21,10 @@ def test_windows_are_recognised_as_the_regime_they_come_from() -> None:
     regimes = [fingerprint(draw(600, mean, i), classes) for i, mean in enumerate((0.0, 1.0, -1.5))]
 
     for number, mean in enumerate((0.0, 1.0, -1.5)):
-        right = sum(recognise(draw(WINDOW, mean, 1000 + 50 * number + i), regimes) == number for i in range(50))
+        right = sum(
+            recognise([(r, draw(WINDOW, mean, 1000 + 50 * number + i)) for r in regimes]) == number
+            for i in range(50)
+        )
         assert right >= 48
 
 
@@ -28,23 +32,58 @@ def test_an_unknown_regime_is_not_taken_for_a_known_one() -> None:
     """A window far from every fingerprint is recognised as none."""
     home = fingerprint(draw(600, 0.0, 1), np.zeros(600, np.int64))
 
-    assert recognise(draw(WINDOW, 2.5, 2), [home]) is None
+    assert recognise([(home, draw(WINDOW, 2.5, 2))]) is None
+
+
+LAYOUT = Layout(("block1", "block2", "block3", "head"), (5, 5, 5, 5))
 
 
 def test_depth_tells_input_from_feature_level() -> None:
-    """Deviation that fades with depth is input level, one that grows with depth is feature level."""
-    layout = Layout(("block1", "block2", "block3", "head"), (5, 5, 5, 5))
+    """Deviation that fades with depth is input level, one that grows with depth is feature level; both surely."""
     fading = np.repeat([3.0, 1.0, 0.3, 0.2], 5) + draw(WINDOW, 0.0, 3)
 
-    assert diagnose(fading, layout, errors_up=True).kind == "input"
-    assert diagnose(fading, layout, errors_up=True).block == "block1"
-    assert diagnose(fading[:, ::-1], layout, errors_up=True).kind == "feature"
+    early, late = diagnose(fading, LAYOUT), diagnose(fading[:, ::-1], LAYOUT)
+
+    assert (early.kind, early.block) == ("input", "block1")
+    assert (late.kind, late.block) == ("feature", "head")
+    assert min(early.confidence, late.confidence) > 0.95
+    assert early.effect == pytest.approx(3.0 * 5**0.5, rel=0.1)
 
 
-def test_errors_without_moved_features_are_output_level() -> None:
-    """Labelled errors up while every block is quiet point at the head."""
-    layout = Layout(("block1", "block2", "block3", "head"), (5, 5, 5, 5))
+def test_quiet_features_leave_labels_and_classes_to_speak() -> None:
+    """With every block quiet, errors up point at the head, and a moved class mix at the prior."""
+    quiet = draw(WINDOW, 0.0, 4)
 
-    found = diagnose(draw(WINDOW, 0.0, 4), layout, errors_up=True)
+    output, prior = diagnose(quiet, LAYOUT, errors_up=True), diagnose(quiet, LAYOUT, classes_moved=True)
 
-    assert (found.kind, found.block) == ("output", "head")
+    assert (output.kind, output.block) == ("output", "head")
+    assert (prior.kind, prior.block) == ("prior", "")
+
+
+def test_the_cut_is_fitted_between_corruptions_and_populations() -> None:
+    """The cut lies between the depths of both kinds, wherever those are in the model."""
+    corrupted = [
+        np.repeat(profile, 5) + draw(300, 0.0, 5) for profile in ([3.0, 2.5, 1.5, 0.5], [2.0, 2.0, 1.8, 0.3])
+    ]
+    populations = [np.repeat([0.0, 0.5, 1.0, 2.0], 5) + draw(300, 0.0, 6)]
+
+    cut, right = fit_cut(corrupted, populations, LAYOUT)
+
+    assert right == 1.0
+    assert 0.4 < cut < 0.85
+    assert diagnose(corrupted[0][:WINDOW], LAYOUT, cut).kind == "input"
+    assert diagnose(populations[0][:WINDOW], LAYOUT, cut).kind == "feature"
+
+
+def test_the_channels_that_moved_most_are_named() -> None:
+    """A whitened deviation is told in the raw statistics it is made of."""
+    loadings = {"block1": np.zeros((8, 5)), "head": np.zeros((10, 5))}
+    loadings["block1"][6, 0], loadings["head"][3, 1] = 2.0, -1.5
+    window = draw(WINDOW, 0.0, 7) * 0.1
+    window[:, 0] += 2.0
+    window[:, 16] += 2.0
+
+    first, second, *_ = diagnose(window, LAYOUT, loadings=loadings).channels
+
+    assert first.startswith("block1: log-variance of channel 2, +4")
+    assert second.startswith("head: logit of class 3, -3")

@@ -9,6 +9,8 @@ import typer
 from tta.commands.output import Json, print_json, progress_console
 from tta.errors import ConfigError
 
+WELL_TOLD = 0.8  # share of replays that a diagnosis should be right on
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -37,7 +39,9 @@ def package(
     ] = None,
     std: Annotated[str | None, typer.Option(help="Per-channel standard deviation, comma-separated.")] = None,
     resize: Annotated[str, typer.Option(help="How clients bring pictures to size: crop or stretch.")] = "crop",
-    arl: Annotated[float, typer.Option(min=100, help="Samples between two false alarms.")] = 20_000.0,
+    arl: Annotated[
+        float, typer.Option("--arl", "--ert", min=100, help="Samples between two false alarms.")
+    ] = 20_000.0,
     name: Annotated[str | None, typer.Option(help="Name of the model; default: the bundle's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     as_json: Json = False,
@@ -46,6 +50,7 @@ def package(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from tta.images import read_labelled
+    from tta.monitor.calibration import Calibration, reference_warning
     from tta.packaging import Recipe
     from tta.packaging import package as make
     from tta.packaging.source import build_model, load_checkpoint
@@ -78,10 +83,11 @@ def package(
         recipe = Recipe(name or out.stem, source, shape, arguments, means, stds, resize, arl, seed)
         bundle = make(model, recipe, x, y, classes, out, progress)
     m = bundle.manifest
-    realised = float(bundle.reference["realised_arl"][0])
-    warnings = []
-    if m.n_reference < 2000:
-        warnings.append(f"{m.n_reference} reference images: thresholds are rough under about 2,000")
+    realised = Calibration.load(bundle.reference).realised
+    cut, right = (float(v) for v in bundle.reference["cut"])
+    warnings = [w for w in (reference_warning(m.n_reference, m.arl),) if w]
+    if right < WELL_TOLD:
+        warnings.append(f"input and feature level are told apart in {100 * right:.0f} % of the replays only")
     if m.source.partition(":")[0] != "timm":
         warnings.append(f"the adapter imports {m.source!r}: it must be importable where tta serves (PYTHONPATH)")
     if m.reference_accuracy < 0.6:
@@ -99,6 +105,7 @@ def package(
                 "reference_accuracy": m.reference_accuracy,
                 "arl": m.arl,
                 "realised_arl": realised,
+                "diagnosis": {"cut": cut, "right": right},
                 "parity": m.parity,
                 "warnings": warnings,
             }
@@ -110,6 +117,9 @@ def package(
     print(f"  reference  {m.n_reference} images, accuracy {100 * m.reference_accuracy:.1f} %")
     print(f"  parity     max difference {m.parity['max_difference']:.2g} on {m.parity['n_images']:.0f} images")
     print(f"  thresholds one false alarm in {m.arl:g} samples (estimated {realised:.0f})")
+    print(
+        f"  diagnosis  input level above {100 * cut:.0f} % of the depth, right on {100 * right:.0f} % of replays"
+    )
     for warning in warnings:
         print(f"  warning    {warning}")
 

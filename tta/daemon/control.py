@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from tta.daemon.processes import Logger, Process
 from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
 from tta.errors import Code, InputError, PreconditionError, TTAError, from_wire
+from tta.monitor.reference import confidence
 from tta.versions import SOURCE
 
 Reply = dict[str, Any]
@@ -137,7 +138,10 @@ class Control:
             predicted = int(entry.logits.argmax())
             label = value if request.labels else predicted if value else None
             asked = prediction_id in self.asked
-            rows.append(Labelled(prediction_id, entry.sequence, entry.version, label, predicted, entry.x, asked))
+            sure = float(confidence(entry.logits[None])[0])
+            rows.append(
+                Labelled(prediction_id, entry.sequence, entry.version, label, predicted, entry.x, asked, sure)
+            )
             outcomes.append("joined" if entry.x is not None else "no_input")
         self._keep(rows, outcomes)
         return outcomes
@@ -239,13 +243,20 @@ class Control:
         treatment, case = self.treatment, self.treatment.case
         watch = treatment.watch
         in_case = case.cause != ""
+        calibration, found = watch.monitor.calibration, treatment.diagnosis
         return {
             "name": self.manifest.name,
             "state": treatment.cycle.state.value,
             "version": case.serving,
             "regime": case.regime,
             "regimes": [
-                {"regime": r.number, "version": r.version, "kind": r.kind, "accuracy": round(r.accuracy, 4)}
+                {
+                    "regime": r.number,
+                    "version": r.version,
+                    "kind": r.kind,
+                    "accuracy": round(r.accuracy, 4),
+                    "keys": list(r.keys),
+                }
                 for r in treatment.library.regimes.values()
             ],
             "mode": self.config.mode,
@@ -254,6 +265,9 @@ class Control:
                 "cause": case.cause,
                 "onset": case.onset,
                 "kind": case.kind,
+                "actionable": case.actionable,
+                "keys": list(case.keys),
+                "diagnosis": asdict(found) if found is not None else None,
                 "labels": self.labels.count(case.onset),
                 "labels_wanted": case.wanted,
                 "proposal": case.proposal,
@@ -261,11 +275,19 @@ class Control:
             if in_case
             else None,
             "drift": {
-                n: round(float(s), 4) for n, s in zip(watch.layout.names, watch.charts.statistic, strict=True)
+                n: round(float(s), 4)
+                for n, s in zip(watch.layout.names, watch.monitor.charts.statistic, strict=True)
             },
-            "label_statistic": round(watch.errors.statistic, 6),
+            "class_statistic": round(watch.monitor.classes.statistic, 4),
+            "conformal_statistic": round(watch.monitor.conformal.statistic, 4),
+            "label_statistic": round(watch.label_statistic, 6),
             "accuracy": treatment.accuracy(),
             "arl": watch.arl,
+            "realised_arl": round(calibration.realised),
+            "stickiness": {"repeat": calibration.stickiness.repeat, "class_run": calibration.stickiness.class_run},
+            "images_per_s": round(treatment.rate, 3),
+            "false_alarms_per_day": round(treatment.rate * 86400 / watch.arl, 4),
+            "predicted_accuracy": round(treatment.watch.predicted_loss().accuracy, 4),
             "samples": treatment.sequence,
             "labels_buffered": len(self.labels),
             "adapter": treatment.adapter.progress,

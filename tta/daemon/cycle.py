@@ -25,9 +25,11 @@ class Event(StrEnum):
     """What can happen."""
 
     ALARM = "alarm"  # charts or labelled errors over their bound
+    ACTIONABLE = "actionable"  # the shift is large enough and is thought to cost accuracy
+    NOTICE = "notice"  # it is not: worth knowing, no reason to act
     KNOWN = "known"  # a regime of the library is recognised, home among them
     QUIET = "quiet"  # the present regime is recognised again
-    HARMLESS = "harmless"  # enough labels, and no accuracy was lost
+    HARMLESS = "harmless"  # no accuracy was lost, as labels or the model's confidence say
     ENOUGH_LABELS = "enough_labels"
     ACCEPTED = "accepted"
     PROPOSED = "proposed"  # accepted, but the operator must approve
@@ -56,9 +58,11 @@ class Action(StrEnum):
 S, E, A = State, Event, Action
 
 TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
-    (S.STABLE, E.ALARM): (S.DRIFTED, (A.START_ADAPTER,)),
+    (S.STABLE, E.ALARM): (S.DRIFTED, ()),
     (S.STABLE, E.KNOWN): (S.PROBATION, (A.RECALL,)),
     (S.STABLE, E.OPERATOR): (S.STABLE, (A.WATCH,)),
+    (S.DRIFTED, E.ACTIONABLE): (S.DRIFTED, (A.START_ADAPTER,)),
+    (S.DRIFTED, E.NOTICE): (S.DRIFTED, ()),
     (S.DRIFTED, E.KNOWN): (S.PROBATION, (A.RECALL,)),
     (S.DRIFTED, E.QUIET): (S.STABLE, (A.WATCH,)),
     (S.DRIFTED, E.HARMLESS): (S.STABLE, (A.ACCEPT_REGIME, A.WATCH)),

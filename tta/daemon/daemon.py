@@ -4,6 +4,7 @@ What is decided lies in `treatment.py`, what is found in `watch.py`, what is kep
 `library.py`.
 """
 
+import math
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ import zmq
 
 from tta.bundle import load_bundle, source_is_importable
 from tta.config import Config
+from tta.daemon.calibrations import Calibrations
 from tta.daemon.control import Control, Reply
 from tta.daemon.http import HttpServer
 from tta.daemon.labels import LabelBuffer
@@ -28,8 +30,10 @@ from tta.daemon.processes import Logger, Process, is_alive, runtime_folder
 from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
 from tta.daemon.watch import Watch
-from tta.errors import ConfigError, InputError, TTAError
+from tta.errors import ConfigError, TTAError
+from tta.monitor.calibration import reference_warning
 from tta.monitor.regimes import fingerprint
+from tta.monitor.stickiness import nearest
 from tta.protocol import encode
 from tta.server.options import Counters, Observation, ServerOptions
 from tta.versions import SOURCE
@@ -41,7 +45,8 @@ BURST = 512
 EARLY_S = 1.0  # seconds a label waits for its prediction's observation
 MAX_EARLY = 1000  # labels waiting so
 BEAT_S = 0.25  # seconds between two rounds of supervision
-SAVE_S = 5.0  # seconds between two saves of the stream's position
+RATE_S = 60.0  # seconds the rate of images is averaged over
+SAVE_S = 5.0  # seconds between two saves of the stream's position and the charts
 START_S = 120.0  # seconds a server may take to load its model
 ADOPT_S = 2.0  # seconds a server left by another daemon has to answer
 LIVE_S = 10.0  # seconds without a tick after which /livez fails
@@ -57,6 +62,7 @@ class Daemon:
         self.log = log
         self.should_exit = False
         self._ticked = time.monotonic()
+        self._counted = (0, self._ticked)  # images observed, when
         self._started = False
         self._early: list[tuple[float, list[bytes]]] = []  # labels ahead of their predictions: until when, frames
 
@@ -86,10 +92,16 @@ class Daemon:
             manifest.image_shape,
         )
         reference = self.bundle.reference
-        home = fingerprint(reference["features"], reference["predictions"])
+        home = fingerprint(reference["w"], reference["predictions"])
         self.library = Library(config.state, home, manifest.reference_accuracy, config.library.capacity)
-        watch = Watch(self.bundle, config.monitor, self.library)
-        self.metrics.arl.set(watch.arl)
+        self.calibrations = Calibrations(
+            config.state / "calibrations", self.bundle, config.monitor.arl, config.adapt.nice, self.log
+        )
+        warning = reference_warning(manifest.n_reference, self.calibrations.arl)
+        if warning:
+            self.log.warning("reference_small", warning=warning)
+        calibration = self.calibrations.now(nearest(config.monitor.stickiness or 0.0, 1.0))
+        watch = Watch(self.bundle, calibration, config.monitor, self.library)
         self._bind()
         self._make_processes()
         operation = Operation(
@@ -119,6 +131,7 @@ class Daemon:
         for entry, why in self.library.damaged.items():
             self.log.error("regime_forgotten", entry=entry, error=why)
         self.treatment.restore()
+        self._counted = (self.treatment.sequence, time.monotonic())
         self.store.discard_candidates()
         self.metrics.version.set(self.treatment.case.serving)
         self.metrics.show_state(self.treatment.cycle.state)
@@ -300,11 +313,13 @@ class Daemon:
             if now - beat >= BEAT_S:
                 beat = now
                 self._supervise(now)
+                self._recalibrate()
                 self.treatment.tick()
-                self._refresh_metrics()
+                self._refresh_metrics(now)
             if now - saved >= SAVE_S:
                 saved = now
                 self.treatment.save()
+                self.treatment.save_watch()
 
     def _drain(self, socket: "zmq.Socket[bytes]", handle: Any) -> None:
         for _ in range(BURST):
@@ -329,6 +344,11 @@ class Daemon:
         x = None
         if seen.inputs:
             x = np.frombuffer(frames[3], np.uint8).reshape(seen.n, *self.bundle.manifest.image_shape)
+        sources = np.zeros(seen.n, np.int64)
+        if seen.keys:
+            number = self.treatment.watch.sources.number
+            numbers = np.repeat([number(key) for key, _ in seen.keys], [n for _, n in seen.keys])
+            sources[: len(numbers)] = numbers[: seen.n]
         first, now = self.treatment.sequence, time.monotonic()
         self.treatment.sequence += seen.n
         for i in range(seen.n):
@@ -336,23 +356,40 @@ class Daemon:
             self.ledger.add(Entry(seen.first_id + i, first + i, seen.version, logits[i], features[i], image, now))
         sequences = range(first, first + seen.n)
         if seen.version == SOURCE:
-            self._watch(sequences, features, logits)
+            self._watch(sequences, features, logits, sources)
         elif x is not None:
-            self._watch_through_shadow(sequences, x)
+            self._watch_through_shadow(sequences, x, sources)
 
-    def _watch(self, sequences: Any, features: Array, logits: Array) -> None:
-        treatment = self.treatment
-        try:
-            alarm = treatment.watch.features(sequences, features, logits)
-        except InputError as error:
-            self.metrics.features_refused.inc()
-            self.log.warning("features_refused", error=str(error))
-            return
-        if alarm is not None:
-            treatment.alarm(alarm, sequences[alarm.index])
+    def _watch(self, sequences: range, features: Array, logits: Array, sources: Array) -> None:
+        treatment, watch = self.treatment, self.treatment.watch
+        refused, thinned = watch.n_refused, watch.n_thinned
+        found = watch.features(sequences, features, logits, sources)
+        self.metrics.samples_thinned.inc(watch.n_thinned - thinned)
+        if watch.n_refused > refused:
+            self.metrics.features_refused.inc(watch.n_refused - refused)
+            self.log.warning("features_refused", n=watch.n_refused - refused, error="NaN or infinity in features")
+        if found is not None:
+            treatment.alarm(*found)
         treatment.look()
 
-    def _watch_through_shadow(self, sequences: Any, x: Array) -> None:
+    def _recalibrate(self) -> None:
+        """Keep the thresholds right for how sticky the traffic is, off this loop."""
+        treatment, monitor = self.treatment, self.treatment.watch.monitor
+        if monitor.wanted is not None:
+            self.calibrations.request(monitor.wanted)
+        done = self.calibrations.poll()
+        if done is None:
+            return
+        stickiness, calibration = done
+        if calibration is None:  # rather a false alarm than none at all
+            monitor.wanted, monitor.adaptive = None, False
+            return
+        treatment.record("recalibrated", **vars(stickiness))
+        found = treatment.watch.recalibrated(calibration)
+        if found is not None:
+            treatment.alarm(*found)
+
+    def _watch_through_shadow(self, sequences: range, x: Array, sources: Array) -> None:
         """Another version serves: the source's features come from the shadow, as far as it has time."""
         if self.shadow.waiting >= SHADOW_QUEUE or not self.shadow.process.ready:
             self.metrics.shadow_dropped.inc(len(x))
@@ -361,7 +398,7 @@ class Daemon:
         def then(outputs: Outputs | None) -> None:
             if outputs is not None:
                 logits, features = outputs[0]
-                self._watch(sequences, features, logits)
+                self._watch(sequences, features, logits, sources)
 
         self.shadow.ask([(SOURCE, None)], x, then)
 
@@ -440,16 +477,33 @@ class Daemon:
                 self.server.last_seen = now
                 link.process.kill()
 
-    def _refresh_metrics(self) -> None:
-        m, treatment = self.metrics, self.treatment
-        m.show_drift(treatment.watch.layout.names, treatment.watch.charts.statistic)
-        m.label_statistic.set(treatment.watch.errors.statistic)
+    def _refresh_metrics(self, now: float) -> None:
+        m, treatment, watch = self.metrics, self.treatment, self.treatment.watch
+        self._measure_rate(now)
+        m.show_drift(watch.layout.names, watch.monitor.charts.statistic)
+        m.class_statistic.set(watch.monitor.classes.statistic)
+        m.conformal_statistic.set(watch.monitor.conformal.statistic)
+        m.label_statistic.set(watch.label_statistic)
+        m.arl.set(watch.arl)
+        m.realised_arl.set(watch.monitor.calibration.realised)
+        m.stickiness.set(watch.monitor.calibration.stickiness.repeat)
+        m.false_alarms.set(treatment.rate * 86400 / watch.arl)
+        m.predicted_accuracy.set(watch.predicted_loss().accuracy)
         m.labels_buffered.set(len(self.labels))
         wanted = treatment.case.wanted - self.labels.count(treatment.case.onset) if treatment.case.cause else 0
         m.labels_wanted.set(max(0, wanted))
         m.ledger_bytes.set(self.ledger.n_bytes)
         for process in self.processes:
             m.up.labels(process.name).set(float(process.ready and process.alive))
+
+    def _measure_rate(self, now: float) -> None:
+        """Observed images a second, averaged over about a minute."""
+        treatment = self.treatment
+        before, then = self._counted
+        if now > then:
+            share = 1 - math.exp(-(now - then) / RATE_S)
+            treatment.rate += share * ((treatment.sequence - before) / (now - then) - treatment.rate)
+        self._counted = (treatment.sequence, now)
 
     def live(self) -> bool:
         """Whether the main loop ticks."""
@@ -471,6 +525,9 @@ class Daemon:
             self.log.info("daemon_draining", stop_server=stop_server)
         if self._started:
             self.treatment.save()
+            self.treatment.save_watch()
+        if hasattr(self, "calibrations"):
+            self.calibrations.close()
         for process in reversed(getattr(self, "processes", ())):
             process.keep = False
             if process.name != "server":

@@ -43,6 +43,7 @@ class Labelled:
         predicted: class the serving version answered; -1 if the image came with the label.
         x: (H, W, C) uint8, or None.
         asked: we asked for this label because the prediction was uncertain.
+        confidence: of the prediction, see `tta.monitor.reference.confidence`; not kept on disk.
     """
 
     prediction_id: int
@@ -52,6 +53,7 @@ class Labelled:
     predicted: int
     x: Array | None
     asked: bool = False
+    confidence: float | None = None
 
 
 def fits(prediction_id: int, fit_fraction: float) -> bool:

@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from tta.daemon.store import write_atomically
 from tta.errors import ConfigError
-from tta.monitor.regimes import Fingerprint, recognise
+from tta.monitor.regimes import Fingerprint
 
 HOME = 0
 Array = npt.NDArray[Any]
@@ -33,6 +33,7 @@ class Regime:
         fingerprint: in the source's coordinates; None for an output-level regime, whose features look like
             another's.
         last_used: sequence number of the stream when it was last served.
+        keys: sources whose traffic it describes; empty for all.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Regime:
     accuracy: float
     fingerprint: Fingerprint | None
     last_used: int
+    keys: tuple[str, ...] = ()
 
 
 class Library:
@@ -63,7 +65,8 @@ class Library:
             raise ConfigError(f"{path} is damaged ({error}): delete it to forget all regimes but home") from error
         for entry in entries:
             try:
-                regime = Regime(**{**entry, "fingerprint": self._load_fingerprint(entry["fingerprint"])})
+                loaded = {"fingerprint": self._load_fingerprint(entry["fingerprint"])}
+                regime = Regime(**{**entry, **loaded, "keys": tuple(entry.get("keys", ()))})
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 self.damaged[str(entry)[:80]] = str(error)
                 continue
@@ -76,7 +79,13 @@ class Library:
         return Fingerprint(arrays["mean"], arrays["variance"], float(arrays["threshold"][0]))
 
     def add(
-        self, version: int, kind: str, accuracy: float, fingerprint: Fingerprint | None, sequence: int
+        self,
+        version: int,
+        kind: str,
+        accuracy: float,
+        fingerprint: Fingerprint | None,
+        sequence: int,
+        keys: tuple[str, ...] = (),
     ) -> Regime:
         """Remember a cured regime; the least recently used is forgotten when there are too many.
 
@@ -84,7 +93,7 @@ class Library:
         """
         same = [r.number for r in self.regimes.values() if r.version == version != 0]
         number = same[0] if same else max(self.regimes) + 1
-        self.regimes[number] = Regime(number, version, kind, accuracy, fingerprint, sequence)
+        self.regimes[number] = Regime(number, version, kind, accuracy, fingerprint, sequence, keys)
         others = sorted((r for r in self.regimes.values() if r.number != HOME), key=lambda r: r.last_used)
         for old in others[: max(0, len(others) - self.capacity)]:
             del self.regimes[old.number]
@@ -101,12 +110,6 @@ class Library:
         """Drop a regime, because what was to cure it does not; home and unknown numbers stay as they are."""
         if number != HOME and self.regimes.pop(number, None) is not None:
             self.save()
-
-    def recognise(self, window: Array) -> Regime | None:
-        """The regime a window of class-centred source features belongs to, if any."""
-        known = [r for r in self.regimes.values() if r.fingerprint is not None]
-        found = recognise(window, [r.fingerprint for r in known if r.fingerprint is not None])
-        return None if found is None else known[found]
 
     def save(self) -> None:
         """Write everything; fingerprints first."""
@@ -133,6 +136,7 @@ class Library:
                     "accuracy": regime.accuracy,
                     "fingerprint": name,
                     "last_used": regime.last_used,
+                    "keys": list(regime.keys),
                 }
             )
         write_atomically(self._root / "library.json", json.dumps(entries, indent=1).encode())

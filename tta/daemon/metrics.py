@@ -105,8 +105,23 @@ class Metrics:
         )
         self.drift_detected = self._gauge("drift_detected", "1 while a shift is being dealt with")
         self.label_statistic = self._gauge("label_statistic", "Error test over its threshold; above 1 is an alarm")
-        self.arl = self._gauge("arl_samples", "Samples between two false alarms, as calibrated")
+        self.class_statistic = self._gauge(
+            "class_statistic", "Histogram of predicted classes over its threshold; above 1 is another class mix"
+        )
+        self.conformal_statistic = self._gauge(
+            "conformal_statistic", "The slow, guaranteed detector over its threshold; above 1 is an alarm"
+        )
+        self.arl = self._gauge("arl_samples", "Samples between two false alarms, as wanted")
+        self.realised_arl = self._gauge(
+            "realised_arl_samples", "The same, as estimated on held-out reference data"
+        )
+        self.false_alarms = self._gauge("expected_false_alarms_per_day", "At the present rate of images")
+        self.stickiness = self._gauge("stickiness", "Chance of a repeated sample that thresholds are for")
+        self.predicted_accuracy = self._gauge(
+            "predicted_accuracy", "Of the source model on the newest samples, by its confidence, 0 to 1"
+        )
         self.alarms = self._counter("alarms", "Alarms, by what raised them", "cause")
+        self.notices = self._counter("notices", "Shifts that are no reason to act, by kind", "kind")
         self.regime = self._gauge("regime", "Regime the traffic is in; 0 is home")
         self.state = self._gauge("state", "1 for the state the cycle is in", "state")
         self.transitions = self._counter("transitions", "State changes", "event")
@@ -135,7 +150,8 @@ class Metrics:
         self.restarts = self._counter("process_restarts", "Restarts of a process that died", "process")
         self.ledger_bytes = self._gauge("ledger_bytes", "Memory of recent predictions")
         self.shadow_dropped = self._counter("shadow_images_dropped", "Images the shadow had no time for")
-        self.features_refused = self._counter("features_refused", "Batches with features that are not finite")
+        self.features_refused = self._counter("features_refused", "Samples with features that are not finite")
+        self.samples_thinned = self._counter("samples_thinned", "Samples of chatty keys the charts left out")
         info = Gauge("tta_model_info", "Always 1", ["name", "source", "tta"], registry=self.registry)
         info.labels(manifest.name, manifest.source, tta.__version__).set(1)
         # Closed label sets: every child exists from the start, so that rates begin at zero.
@@ -145,6 +161,8 @@ class Metrics:
             self.state.labels(state.value).set(0)
         for cause in ("charts", "labels", "operator"):
             self.alarms.labels(cause)
+        for kind in ("input", "feature", "prior", "output"):
+            self.notices.labels(kind)
         for outcome in ("joined", "no_input", "expired", "unknown"):
             self.labels.labels(outcome)
         for process in ("server", "shadow", "adapter"):

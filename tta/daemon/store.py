@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from tta.errors import ConfigError, DeltaError, NotFoundError
 from tta.versions import SOURCE, VersionManifest, load_version
@@ -169,6 +171,18 @@ class Store:
         if loaded.get("bundle_sha256") != self.bundle_sha256:
             raise ConfigError(f"state folder {self.root} belongs to another bundle: choose another --state")
         return loaded
+
+    def save_watch(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace `watch.safetensors`: where the charts stand."""
+        write_atomically(self.root / "watch.safetensors", save(dict(arrays)))
+
+    def load_watch(self) -> dict[str, npt.NDArray[Any]]:
+        """What `save_watch` wrote last; empty if there is none or it is damaged: charts then start anew."""
+        try:
+            arrays: dict[str, npt.NDArray[Any]] = load((self.root / "watch.safetensors").read_bytes())
+        except (OSError, SafetensorError, ValueError):
+            return {}
+        return arrays
 
 
 def write_atomically(path: Path, data: bytes) -> None:

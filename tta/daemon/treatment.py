@@ -40,6 +40,7 @@ ACCURACY_WINDOW = 100  # labels in the accuracy gauges
 MIN_ADAPT_LABELS = 16
 MIN_OUTCOMES = 16  # labelled predictions under which nothing can be said of the errors
 NEW = -1
+JUDGED_SAMPLES = 256  # after which a shift is taken for harmless unless it looks harmful
 SUSPICION_SAMPLES = 128  # to find out where the traffic of a cured regime went before it is an alarm
 
 
@@ -65,6 +66,8 @@ class Case:
         swap_regime: regime that version is for.
         swap_reason: "promotion", "recall" or "rollback".
         target: number of the recalled regime that is on probation; -1 for a new one.
+        actionable: whether the present shift is a reason to act; None while that is not known.
+        keys: sources the present shift concerns; empty for all.
         looks: how often the present shift's labels have been put to a test; each look spends half of the
             alpha that is left, so that all together spend no more than `gate.alpha`.
     """
@@ -87,12 +90,15 @@ class Case:
     swap_reason: str = ""
     target: int = NEW
     looks: int = 0
+    actionable: bool | None = None
+    keys: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, saved: dict[str, Any]) -> "Case":
         """From `state.json`; unknown fields are left out."""
         names = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in saved.items() if k in names})
+        known = {k: v for k, v in saved.items() if k in names}
+        return cls(**{**known, "keys": tuple(known.get("keys", ()))})
 
 
 class Treatment:
@@ -127,6 +133,7 @@ class Treatment:
         self.cycle = Cycle()
         self.case = Case()
         self.sequence = 0  # of the next observed sample
+        self.rate = 0.0  # observed images a second, over the last minute or so
         self.diagnosis: Diagnosis | None = None
         self.events: deque[dict[str, Any]] = deque(maxlen=200)
         self._log = log
@@ -166,8 +173,16 @@ class Treatment:
         self.watch.enter(self.regime, self.sequence)
         if state in (State.DRIFTED, State.ADAPTING):
             self.watch.look_from(self.case.onset)
+            self.watch.keys = self.case.keys
+        saved_watch = self.store.load_watch()
+        if state is State.STABLE and saved_watch and not self.watch.load_state(saved_watch):
+            self._log.info("charts_start_anew", reason="other regime or thresholds")
         self._log.info("restored", state=self.cycle.state, **asdict(self.case))
         self.save()
+
+    def save_watch(self) -> None:
+        """Write where the charts and label tests stand."""
+        self.store.save_watch(self.watch.state())
 
     def save(self) -> None:
         """Write `state.json`."""
@@ -238,6 +253,7 @@ class Treatment:
         self.happen(
             Event.ALARM,
             cause="charts",
+            chart=alarm.chart,
             block=alarm.block,
             statistic=round(alarm.statistic, 3),
             sample=sequence,
@@ -247,11 +263,50 @@ class Treatment:
     def _open_case(self, cause: str, onset: int) -> None:
         self.case.cause, self.case.onset, self.case.kind = cause, onset, ""
         self.case.wanted, self.case.forced, self.case.proposal = self.config.adapt.labels, False, 0
-        self.case.looks = 0
+        self.case.looks, self.case.actionable, self.case.keys = 0, None, ()
         self.diagnosis = None
         self._recall_at = RECALL_LABELS
         self._suspicion = None
         self.watch.look_from(onset)
+
+    def weigh(self) -> None:
+        """Is the shift that the charts found a reason to act? Known once enough samples have been seen.
+
+        Mild shifts are seen in tens of samples and cost nothing. The loss of accuracy is judged by the model's own
+        confidence, which is noisy and too sure of itself: what is clear is decided at once, the rest when a
+        fingerprint could be taken. Labels overrule it at any time.
+        """
+        case = self.case
+        if self.cycle.state is not State.DRIFTED or case.actionable is not None or self.swapping:
+            return
+        if case.cause != "charts" or self.regime.number != HOME:
+            self._act_on_it(cause=case.cause)  # labels or the operator say so, or a cured shift has moved on
+            return
+        n = self.watch.n_since()
+        if n < WINDOW:
+            return
+        case.keys = self.watch.find_keys()
+        self.diagnosis, loss = self.watch.diagnose(errors_up=False), self.watch.predicted_loss()
+        case.kind = self.diagnosis.kind
+        accepted = self.config.monitor.accepted_loss
+        surely, final = loss.points - 2 * loss.error > accepted, n >= JUDGED_SAMPLES
+        evidence = {"predicted_loss": round(loss.points, 4), "keys": list(case.keys), **asdict(self.diagnosis)}
+        if case.kind == "prior" or self.diagnosis.effect < self.config.monitor.min_effect:
+            if final:
+                self._let_be(evidence)
+        elif surely or (final and loss.points > accepted):
+            self._act_on_it(**evidence)
+        elif final:
+            self._let_be(evidence)
+
+    def _act_on_it(self, **evidence: Any) -> None:
+        self.case.actionable = True
+        self.happen(Event.ACTIONABLE, **evidence)
+
+    def _let_be(self, evidence: dict[str, Any]) -> None:
+        self.case.actionable = False
+        self.metrics.notices.labels(self.case.kind).inc()
+        self.happen(Event.NOTICE, **evidence)
 
     def look(self) -> None:
         """Ask the fingerprints which regime this is, and act on a change."""
@@ -267,7 +322,7 @@ class Treatment:
         if found is not None and found.number == same_features and self._is_served(found):
             if self._suspicion is not None:
                 self._suspicion = None
-                self.watch.charts.reset()
+                self.watch.monitor.reset()
             elif self.case.cause == "charts" or (self.case.cause == "operator" and not self.case.forced):
                 self.happen(Event.QUIET, regime=found.number)
         elif found is not None and (self.config.library.recall != "off" or found.number == HOME):
@@ -319,13 +374,13 @@ class Treatment:
             self._right["serving"].append(not wrong)
             if self.case.serving == SOURCE:
                 self._right["source"].append(not wrong)
-            alarmed = self.watch.label(row.sequence, wrong)
+            alarmed = self.watch.label(row.sequence, wrong, row.confidence if row.version == SOURCE else None)
             if alarmed and self.cycle.state is State.STABLE:
                 onset = self.watch.error_onset()
                 self._open_case("labels", onset)
                 self.metrics.alarms.labels("labels").inc()
                 self.happen(
-                    Event.ALARM, cause="labels", statistic=round(self.watch.errors.statistic, 3), onset=onset
+                    Event.ALARM, cause="labels", statistic=round(self.watch.label_statistic, 3), onset=onset
                 )
         with_image = [r for r in own if r.x is not None and r.label is not None]
         if with_image and (self.case.serving != SOURCE or self._probing()):
@@ -374,15 +429,18 @@ class Treatment:
             self._change(self.case.swap_to, self.case.swap_regime, self.case.swap_reason)
         if self.swapping:
             return
+        self.weigh()
         if self.cycle.state is State.DRIFTED and not self.case.proposal:
             have = self.labels.count(self.case.onset)
             if self.acting and self.case.cause == "labels" and not self._recalling and have >= self._recall_at:
                 self._recall_at = 2 * have
                 self._recall_by_labels()
             # A restarted daemon has to see the traffic again before it judges it.
-            seen = len(self.watch.window(WINDOW)[0]) >= WINDOW
+            seen = self.watch.n_since() >= WINDOW
             if have >= self.case.wanted and (seen or self.case.forced):
                 self._decide_whether_to_adapt(have)
+            elif self.case.actionable is False and self.watch.fingerprint() is not None and self.acting:
+                self.happen(Event.HARMLESS, labels=have, kind=self.case.kind)
         elif self.cycle.state is State.PROBATION and self._probation_from is not None and self.acting:
             elapsed = time.monotonic() - self._probation_from
             enough = self._paired.n_labels >= self.config.gate.probation_labels
@@ -396,6 +454,7 @@ class Treatment:
         p_val = binomial_tail(wrong, n, null)
         # Without outcomes of this version nothing is known of its errors: the gate will say.
         errors_up = p_val <= HARM_P_VALUE or n < MIN_OUTCOMES
+        self.case.keys = self.watch.find_keys()
         self.diagnosis = self.watch.diagnose(errors_up and self.case.cause != "charts")
         self.case.kind = self.diagnosis.kind
         evidence = {"labels": have, "errors": wrong, "p_val": round(p_val, 6), **asdict(self.diagnosis)}
@@ -573,7 +632,9 @@ class Treatment:
             self.case.regime = self.target.number
         else:
             found = None if self.case.kind == "output" else self.watch.fingerprint()
-            regime = self.library.add(self.case.serving, self.case.kind, self.case.accuracy, found, self.sequence)
+            regime = self.library.add(
+                self.case.serving, self.case.kind, self.case.accuracy, found, self.sequence, self.case.keys
+            )
             self.case.regime = regime.number
         self._probation_from = None
         self.server.release()
@@ -582,8 +643,9 @@ class Treatment:
     def _accept_regime(self) -> None:
         """A shift that costs no accuracy: the version stays, the regime is new."""
         n, wrong = self.labels.outcomes(self.case.onset, self.case.serving)
+        accuracy = 1 - wrong / n if n >= MIN_OUTCOMES else self.regime.accuracy - self.config.monitor.accepted_loss
         regime = self.library.add(
-            self.case.serving, self.case.kind, 1 - wrong / max(1, n), self.watch.fingerprint(), self.sequence
+            self.case.serving, self.case.kind, accuracy, self.watch.fingerprint(), self.sequence, self.case.keys
         )
         self.case.regime = regime.number
         self.metrics.regime.set(regime.number)
@@ -591,6 +653,7 @@ class Treatment:
     def _watch(self) -> None:
         self.case.cause, self.case.kind, self.case.proposal = "", "", 0
         self.case.target, self._suspicion = NEW, None
+        self.case.actionable, self.case.keys = None, ()
         self.watch.enter(self.regime, self.sequence)
 
     def accuracy(self) -> dict[str, float]:

@@ -3,53 +3,76 @@
 The charts and fingerprints always see the source model's features, whatever version serves.
 """
 
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from tta.bundle import Bundle
 from tta.config import MonitorConfig
 from tta.daemon.library import HOME, Library, Regime
-from tta.monitor.accuracy import ErrorDetector
-from tta.monitor.calibration import calibrate
-from tta.monitor.charts import Alarm, Array, DriftCharts, Layout, centre
+from tta.monitor.accuracy import ConfidenceModel, ErrorDetector
+from tta.monitor.calibration import Calibration
+from tta.monitor.charts import Alarm, Array, Layout
 from tta.monitor.diagnosis import Diagnosis, diagnose
-from tta.monitor.regimes import WINDOW, Fingerprint, fingerprint
+from tta.monitor.history import Samples
+from tta.monitor.monitor import DriftMonitor
+from tta.monitor.reference import Reference, confidence
+from tta.monitor.regimes import WINDOW, Fingerprint, fingerprint, recognise
+from tta.monitor.sources import Sources
 
 CHECK_EVERY = 16  # samples between two looks at which regime this is
 AGREEING_CHECKS = 2  # looks in a row that must agree
-REGIME_SLACK = 3.0  # a regime's own scale is known from a few hundred samples only
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Accuracy the source model is thought to have lost, judged by its own confidence.
+
+    Attributes:
+        accuracy: predicted, in [0, 1].
+        points: of accuracy less than on the reference, in [-1, 1].
+        error: standard error of `points`.
+        n_samples: it rests on.
+    """
+
+    accuracy: float
+    points: float
+    error: float
+    n_samples: int
 
 
 class Watch:
     """The monitor of one daemon. Owned by its main thread."""
 
-    def __init__(self, bundle: Bundle, config: MonitorConfig, library: Library) -> None:
-        manifest, reference = bundle.manifest, bundle.reference
+    def __init__(self, bundle: Bundle, calibration: Calibration, config: MonitorConfig, library: Library) -> None:
+        manifest, arrays = bundle.manifest, bundle.reference
         self.layout = Layout(tuple(b.name for b in manifest.blocks), tuple(b.n_features for b in manifest.blocks))
         self.config = config
         self.library = library
-        self.arl = manifest.arl
-        self._centroids = np.asarray(reference["centroids"], np.float64)
-        self._thresholds = reference["thresholds"]
-        if config.arl is not None and config.arl != manifest.arl:
-            calibration = calibrate(reference["features"], reference["predictions"], self.layout, config.arl)
-            self._thresholds, self.arl = calibration.thresholds, config.arl
-        # Newest source features, whatever the regime: (sequence, w, predicted class).
-        self._recent: deque[tuple[int, Array, int]] = deque(maxlen=2 * config.window)
+        self.sources = Sources()
+        self.reference = Reference.load(self.layout, arrays)
+        self.monitor = DriftMonitor(
+            self.reference, calibration, adaptive=config.stickiness is None, capacity=2 * config.window
+        )
+        self.confidence_model = ConfidenceModel(self.reference)
+        self.n_refused = 0
+        self.n_thinned = 0
+        self._cut = float(arrays["cut"][0])
+        self._loadings = {name: arrays[f"loadings.{name}"] for name in self.layout.names}
         self.enter(library.regimes[HOME], 0)
 
     def enter(self, regime: Regime, sequence: int) -> None:
         """Watch traffic as being in `regime` from `sequence` on."""
-        found = regime.fingerprint
-        if regime.number == HOME or found is None:
-            self.charts = DriftCharts(self.layout, self._thresholds)
-        else:
-            thresholds = self._thresholds * REGIME_SLACK
-            self.charts = DriftCharts(self.layout, thresholds, found.mean, np.sqrt(found.variance))
+        self.regime = regime
+        at_home = regime.number == HOME or regime.fingerprint is None
+        self.monitor.enter(None if at_home else regime.fingerprint)
         null = 1 - regime.accuracy + self.config.error_tolerance
-        self.errors = ErrorDetector(null, self.config.label_arl)
+        # Two tests share the bound.
+        self.errors = ErrorDetector(null, 2 * self.config.label_arl)
+        self.residuals = ErrorDetector(null, 2 * self.config.label_arl)
         self._error_sequences: deque[int] = deque(maxlen=512)
         self.look_from(sequence)
 
@@ -58,70 +81,177 @@ class Watch:
         self._since = sequence
         self._unchecked = 0
         self._last_checks: list[int | None] = []
+        self.keys: tuple[str, ...] = self.regime.keys
 
-    def features(self, sequences: Sequence[int], features: Array, logits: Array) -> Alarm | None:
+    @property
+    def arl(self) -> float:
+        """Samples between two false alarms."""
+        return self.monitor.calibration.arl
+
+    def features(
+        self, sequences: Sequence[int], features: Array, logits: Array, sources: Array
+    ) -> tuple[Alarm, int] | None:
         """Take source features of observed samples in order.
+
+        Samples that are not finite are refused and counted, and what is too much from one key is left out.
 
         Args:
             sequences: place of each in the stream.
             features: (N, D) whitened, of the source.
             logits: (N, K) of the source.
+            sources: (N,) key numbers, see `Sources.number`.
 
         Returns:
-            The first alarm among them.
+            The first alarm among them and its sample's place in the stream.
 
         Raises:
-            InputError: features that are not finite or of another length; nothing is changed.
+            InputError: features of another length; nothing is changed.
         """
+        places = np.asarray(sequences, np.int64)
+        # A sum is finite exactly if every number in it is, but for overflow, which is refused as well.
+        if not math.isfinite(float(features.sum()) + float(logits.sum())):
+            finite = np.isfinite(features).all(axis=1) & np.isfinite(logits).all(axis=1)
+            self.n_refused += int((~finite).sum())
+            features, logits, places, sources = features[finite], logits[finite], places[finite], sources[finite]
+        taken = self.sources.admit(sources)
+        if taken is not None and not taken.all():
+            self.n_thinned += int((~taken).sum())
+            features, logits, places, sources = features[taken], logits[taken], places[taken], sources[taken]
+        if not len(features):
+            return None
         predictions = logits.argmax(axis=1)
-        w = centre(np.asarray(features, np.float64), predictions, self._centroids)
-        for i, sequence in enumerate(sequences):
-            self._recent.append((sequence, w[i], int(predictions[i])))
+        w = self.reference.residuals(features, predictions)
         self._unchecked += len(w)
-        return self.charts.update(w)
+        alarm = self.monitor.update(Samples(w, predictions, confidence(logits), places, sources))
+        return None if alarm is None else (alarm, int(places[alarm.index]))
+
+    def recalibrated(self, calibration: Calibration) -> tuple[Alarm, int] | None:
+        """Go on with other thresholds; an alarm that remembered samples raise with them, and its place."""
+        alarm = self.monitor.recalibrated(calibration)
+        if alarm is None:
+            return None
+        return alarm, int(self.monitor.history.newest(1 - alarm.index).sequences[0])
 
     def recognised(self) -> Regime | None:
         """The regime of the last samples, once two looks in a row agree on one."""
         if self._unchecked < CHECK_EVERY:
             return None
-        window, _ = self.window(WINDOW)
-        if len(window) < WINDOW:
+        if len(self._since_look(WINDOW)) < WINDOW:
             return None
         self._unchecked = 0
-        found = self.library.recognise(window)
+        found = self._nearest()
         self._last_checks = [*self._last_checks, found.number if found else None][-AGREEING_CHECKS:]
         if found is None or self._last_checks != [found.number] * AGREEING_CHECKS:
             return None
         return found
 
-    def window(self, n: int) -> tuple[Array, Array]:
-        """The newest samples since the last `look_from`, at most n: w (n, D) and predicted classes (n,)."""
-        rows: list[tuple[Array, int]] = []
-        for sequence, w, prediction in reversed(self._recent):
-            if sequence < self._since or len(rows) == n:
-                break
-            rows.append((w, prediction))
-        rows.reverse()
-        if not rows:
-            return np.zeros((0, self.layout.n_features)), np.zeros(0, np.int64)
-        return np.stack([r[0] for r in rows]), np.array([r[1] for r in rows])
+    def _nearest(self) -> Regime | None:
+        """The regime whose fingerprint the newest window is nearest to, each seen through its own keys."""
+        every = self.monitor.history.since(self._since)
+        home = self.library.regimes[HOME].fingerprint
+        inflation = self.monitor.inflation
+        astray = self.sources.shifted(every[-4 * WINDOW :], home, inflation) if home is not None else ()
+        regimes, candidates = [], []
+        for regime in self.library.regimes.values():
+            keys = regime.keys or self.keys
+            window = self.sources.of(every, keys)[-WINDOW:]
+            # Home on average is not home if one camera has shifted.
+            if regime.fingerprint is not None and len(window) == WINDOW and (keys or not astray):
+                regimes.append(regime)
+                candidates.append((regime.fingerprint, window.w))
+        found = recognise(candidates, inflation)
+        return None if found is None else regimes[found]
+
+    def find_keys(self) -> tuple[str, ...]:
+        """Which keys the present shift concerns; empty for all. Kept until the next `look_from`."""
+        expected = self.regime.fingerprint or self.library.regimes[HOME].fingerprint
+        if expected is not None and not self.keys:
+            since = self.monitor.history.since(self._since)
+            self.keys = self.sources.shifted(since, expected, self.monitor.inflation)
+        return self.keys
+
+    def _since_look(self, n: int) -> Samples:
+        """The newest samples of the shifted keys since the last `look_from`, at most n."""
+        return self.sources.of(self.monitor.history.since(self._since), self.keys)[-n:]
+
+    def n_since(self) -> int:
+        """How many samples of the shifted keys are remembered since the last `look_from`."""
+        return len(self._since_look(self.monitor.history.capacity))
 
     def fingerprint(self) -> Fingerprint | None:
         """Of the samples since the last `look_from`; None until there are enough."""
-        w, predictions = self.window(self.config.window)
-        return fingerprint(w, predictions) if len(w) >= min(self.config.window, 256) else None
+        found = self._since_look(self.config.window)
+        enough = min(self.config.window, 256)
+        return fingerprint(found.w, found.predictions) if len(found) >= enough else None
 
     def diagnose(self, errors_up: bool) -> Diagnosis:
         """What kind of shift the samples since the last `look_from` show."""
-        return diagnose(self.window(WINDOW)[0], self.layout, errors_up)
+        return diagnose(
+            self._since_look(WINDOW).w,
+            self.layout,
+            self._cut,
+            errors_up,
+            self.monitor.classes.drift_detected,
+            self._loadings,
+            self.monitor.inflation,
+        )
 
-    def label(self, sequence: int, error: bool) -> bool:
-        """Take one labelled outcome of the serving version; True if the error test alarms."""
+    def predicted_loss(self) -> Loss:
+        """How much accuracy the source is thought to have lost on the samples since the last `look_from`."""
+        found = self._since_look(self.config.window)
+        n = max(1, len(found))
+        accuracy = self.confidence_model.predicted_accuracy(found.confidences) if len(found) else 0.0
+        error = math.sqrt(max(accuracy * (1 - accuracy), 1 / (4 * n)) / n * self.monitor.inflation)
+        return Loss(accuracy, self.confidence_model.accuracy - accuracy, error, len(found))
+
+    def label(self, sequence: int, error: bool, confidence: float | None) -> bool:
+        """Take one labelled outcome of the serving version.
+
+        Args:
+            sequence: place of the sample in the stream.
+            error: was the prediction wrong?
+            confidence: of the source model that made it; None for another version.
+
+        Returns:
+            Whether a test on labels alarms.
+        """
         self._error_sequences.append(sequence)
         self.errors.update(error)
-        return self.errors.drift_detected
+        if confidence is not None:
+            self.residuals.update(
+                error, self.confidence_model.error_rate(confidence) + self.config.error_tolerance
+            )
+        return self.errors.drift_detected or self.residuals.drift_detected
+
+    @property
+    def label_statistic(self) -> float:
+        """The larger of the two label tests over its threshold."""
+        return max(self.errors.statistic, self.residuals.statistic)
 
     def error_onset(self) -> int:
         """Place in the stream where labelled errors began to rise."""
-        back = min(max(1, self.errors.labels_since_onset), len(self._error_sequences))
+        detector = self.errors if self.errors.drift_detected else self.residuals
+        back = min(max(1, detector.labels_since_onset), len(self._error_sequences))
         return min(list(self._error_sequences)[-back:])
+
+    def state(self) -> dict[str, Array]:
+        """What `load_state` needs to go on after a restart."""
+        found = {f"monitor.{k}": v for k, v in self.monitor.state().items()}
+        for name, detector in (("errors", self.errors), ("residuals", self.residuals)):
+            found.update({f"{name}.{k}": v for k, v in detector.state().items()})
+        thresholds = self.monitor.calibration
+        found["of"] = np.array([self.regime.number, thresholds.arl, *vars(thresholds.stickiness).values()], float)
+        return found
+
+    def load_state(self, state: Mapping[str, Array]) -> bool:
+        """Go on from `state()`; False if it is of another regime or other thresholds, and nothing is changed."""
+        if not np.array_equal(state["of"], self.state()["of"]):
+            return False
+
+        def part(name: str) -> dict[str, Array]:
+            return {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
+
+        self.monitor.load_state(part("monitor"))
+        self.errors.load_state(part("errors"))
+        self.residuals.load_state(part("residuals"))
+        return True

@@ -1,12 +1,18 @@
-"""Sequential and exact tests on labelled predictions.
+"""Accuracy: sequential and exact tests on labelled predictions, and an estimate without labels.
 
-All are valid whenever one looks: labels come late, in any order and amount.
+The tests are valid whenever one looks: labels come late, in any order and amount.
 """
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from tta.monitor.charts import Array
+from tta.monitor.reference import Reference
+
 ODDS_RATIOS = (1.5, 2.0, 4.0, 8.0, 16.0)  # alternatives to the null odds; averaged, so none has to be right
+N_GROUPS = 10  # of confidence, each with an error rate of its own
 ONSET_RATIO = 4.0  # the alternative whose CUSUM dates the onset
 
 
@@ -17,6 +23,10 @@ class ErrorDetector:
     averaged over several p. While the error rate stays at or below `null`, e is at most 1 on average, so an
     alarm comes at most once in `arl` labels on average.
 
+    Given a null for each label (`ConfidenceModel.error_rate`), it tests the calibration residual: more errors
+    than the model's own confidence admits. That rises when the meaning of labels changes, and stays flat when
+    inputs became harder and the model knows it.
+
     Args:
         null: error rate that is still in order, in (0, 1).
         arl: labels between two false alarms, at least.
@@ -25,7 +35,7 @@ class ErrorDetector:
     """
 
     def __init__(self, null: float, arl: float) -> None:
-        self.null = min(max(null, 0.005), 0.95)
+        self.null = _bounded(null)
         self.arl = arl
         self.reset()
 
@@ -51,20 +61,68 @@ class ErrorDetector:
         """How many labels ago errors began to rise: since the CUSUM of the likelihood ratio was last 0."""
         return self.n_labels - self._last_low
 
-    def update(self, error: bool) -> None:
-        """Take one label: was the prediction wrong?"""
+    def update(self, error: bool, null: float | None = None) -> None:
+        """Take one label.
+
+        Args:
+            error: was the prediction wrong?
+            null: chance of an error that is in order for this sample; the detector's own by default.
+        """
+        null = self.null if null is None else _bounded(null)
         self.n_labels += 1
         for i, ratio in enumerate(ODDS_RATIOS):
-            self._r[i] = min((self._r[i] + 1.0) * self._likelihood_ratio(error, ratio), 1e12)
-        self._cusum = max(0.0, self._cusum + math.log(self._likelihood_ratio(error, ONSET_RATIO)))
+            self._r[i] = min((self._r[i] + 1.0) * _likelihood_ratio(error, null, ratio), 1e12)
+        self._cusum = max(0.0, self._cusum + math.log(_likelihood_ratio(error, null, ONSET_RATIO)))
         if self._cusum == 0.0:
             self._last_low = self.n_labels
 
-    def _likelihood_ratio(self, error: bool, odds_ratio: float) -> float:
-        """Of one label, under the null's odds times `odds_ratio` and under the null."""
-        odds = odds_ratio * self.null / (1 - self.null)
-        p = odds / (1 + odds)
-        return p / self.null if error else (1 - p) / (1 - self.null)
+    def state(self) -> dict[str, Array]:
+        """What `load_state` needs to go on where this left off."""
+        return {"r": np.array([*self._r, self._cusum]), "counts": np.array([self.n_labels, self._last_low])}
+
+    def load_state(self, state: dict[str, Array]) -> None:
+        """Go on from `state()`."""
+        *self._r, self._cusum = (float(v) for v in state["r"])
+        self.n_labels, self._last_low = (int(n) for n in state["counts"])
+
+
+def _bounded(null: float) -> float:
+    return min(max(null, 0.005), 0.95)
+
+
+def _likelihood_ratio(error: bool, null: float, odds_ratio: float) -> float:
+    """Of one label, under the null's odds times `odds_ratio` and under the null."""
+    odds = odds_ratio * null / (1 - null)
+    p = odds / (1 + odds)
+    return p / null if error else (1 - p) / (1 - null)
+
+
+class ConfidenceModel:
+    """What the source model's confidence says of its accuracy, learned on held-out reference data.
+
+    Accuracy without labels is the share of samples over a confidence that as many held-out samples exceeded as
+    were right (average thresholded confidence, Garg et al., ICLR 2022). Measured on 15 corruptions of CIFAR-10:
+    4 points too high on average, 17 at worst; so it ranks shifts, and labels decide.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        right = reference.predictions == reference.labels
+        self.accuracy = float(right.mean())
+        order = np.argsort(reference.confidences)
+        confidences = reference.confidences[order]
+        self._threshold = float(np.quantile(confidences, 1 - self.accuracy))
+        groups = [g for g in np.array_split(np.arange(len(order)), N_GROUPS) if len(g)]
+        self._edges = np.array([confidences[g[-1]] for g in groups[:-1]])
+        # One error and one right answer are imagined in each group, so that no chance is 0 or 1.
+        self._errors = np.array([(np.sum(~right[order[g]]) + 1) / (len(g) + 2) for g in groups])
+
+    def predicted_accuracy(self, confidences: Array) -> float:
+        """Of samples with these confidences (N,), in [0, 1]."""
+        return float((confidences >= self._threshold).mean())
+
+    def error_rate(self, confidence: float) -> float:
+        """Chance of an error at this confidence, in (0, 1)."""
+        return float(self._errors[int(np.searchsorted(self._edges, confidence))])
 
 
 class PairedTest:

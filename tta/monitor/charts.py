@@ -1,26 +1,28 @@
-"""MEWMA charts over whitened block features: one chart a block and speed, judged sample by sample.
+"""Charts that watch a mean: MEWMA over whitened block features, and a histogram of predicted classes.
 
-Idea: z ← (1-λ)·z + λ·w follows the mean of the whitened features w; T² = ‖z‖² / (λ/(2-λ)·(1-(1-λ)^{2t})) is
-its squared length in units of its own variance. Small λ sees small shifts late, large λ large ones at once.
-A chart alarms when T²/r exceeds its threshold; the thresholds are calibrated jointly, so that all charts
-together give one false alarm in `arl` samples (`tta.monitor.calibration`).
+MEWMA: z ← (1-λ)·z + λ·w follows the mean of the whitened features w; T² = ‖z‖² / (λ/(2-λ)·(1-(1-λ)^{2t})) is
+its squared length in units of its own variance. Small λ sees small shifts late, large λ large ones at once. One
+chart a block and speed alarms when T²/r exceeds its threshold; the thresholds are calibrated jointly, so that all
+charts together give one false alarm in `arl` samples (`tta.monitor.calibration`). Samples are judged one by one,
+also inside a batch.
 
-Source: Lowry et al., A multivariate EWMA control chart, Technometrics 1992.
+Source: Lowry et al., A multivariate EWMA control chart, Technometrics 1992; for the histogram, the Pearson
+statistic of an EWMA of class indicators as in QT-EWMA (Frittoli et al., 2022), with classes for bins.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tta.errors import InputError
-
 LAMBDAS = (0.3, 0.1, 0.03)
-CLIP = 8.0  # standard deviations: one broken image cannot alarm alone, a stuck sensor still does
+CLASS_LAMBDAS = (0.1, 0.03, 0.01)
 QUIET = 0.5  # of the threshold, under which nothing has begun
 CHUNK = 64  # samples a batch is cut into, so that the path matrix stays small
+TINY = 1e-100  # of a scale, before numbers run out
+SETTLED = 1024  # samples after which an EWMA's variance no longer grows
 
 Array = npt.NDArray[Any]
 
@@ -47,30 +49,23 @@ class Layout:
         """Length D of the feature vector."""
         return sum(self.widths)
 
+    @cached_property
+    def columns(self) -> list[slice]:
+        """Columns of each block."""
+        return [slice(a, a + n) for a, n in zip(self.starts, self.widths, strict=True)]
+
+    @cached_property
+    def averages(self) -> Array:
+        """(D, blocks) float32 matrix that takes the mean over each block's features."""
+        matrix = np.zeros((self.n_features, len(self.widths)), np.float32)
+        for i, columns in enumerate(self.columns):
+            matrix[columns, i] = 1 / self.widths[i]
+        return matrix
+
     def squares(self, w: Array) -> Array:
         """Mean square of each block's features: (..., D) to (..., blocks)."""
-        totals = np.add.reduceat(np.square(w), self.starts, axis=-1)
-        means: Array = totals / np.asarray(self.widths, totals.dtype)
+        means: Array = np.square(w) @ self.averages
         return means
-
-
-def centre(features: Array, predictions: Array, centroids: Array) -> Array:
-    """Subtract each sample's predicted-class centroid and clip, so that a new class mix is no shift.
-
-    Args:
-        features: (N, D) whitened features of the source model.
-        predictions: (N,) classes the source model predicted.
-        centroids: (K, D) mean whitened features of each predicted class.
-
-    Raises:
-        InputError: features of another length, or not finite.
-    """
-    if features.ndim != 2 or features.shape[1] != centroids.shape[1]:
-        raise InputError(f"expected features of shape (N, {centroids.shape[1]}), got {features.shape}")
-    if not np.isfinite(features).all():
-        raise InputError("features hold NaN or infinity")
-    w: Array = np.clip(features - centroids[predictions], -CLIP, CLIP)
-    return w
 
 
 @dataclass(frozen=True)
@@ -79,19 +74,21 @@ class Alarm:
 
     Attributes:
         index: of the first sample over it, within the update.
-        lag: samples between the estimated onset (the last time all charts were quiet) and that sample.
+        lag: samples between the estimated onset (the last time the charts were quiet) and that sample.
         block: of the chart that crossed.
-        statistic: the chart's T²/r over its threshold, > 1.
+        statistic: the chart's value over its threshold, > 1.
+        chart: "mewma" or "conformal".
     """
 
     index: int
     lag: int
     block: str
     statistic: float
+    chart: str = "mewma"
 
 
 class DriftCharts:
-    """All charts of one regime, fed with class-centred features. Owned by one thread.
+    """MEWMA charts of one regime, fed with residuals (`Reference.residuals`). Owned by one thread.
 
     Args:
         layout: the blocks.
@@ -101,27 +98,25 @@ class DriftCharts:
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        thresholds: Array,
-        mean: Array | None = None,
-        scale: Array | None = None,
-        lambdas: Sequence[float] = LAMBDAS,
+        self, layout: Layout, thresholds: Array, mean: Array | None = None, scale: Array | None = None
     ) -> None:
         self.layout = layout
-        self.lambdas = tuple(lambdas)
         self.thresholds = np.asarray(thresholds, np.float64)
-        self._mean = np.zeros(layout.n_features) if mean is None else np.asarray(mean, np.float64)
-        self._scale = np.ones(layout.n_features) if scale is None else np.asarray(scale, np.float64)
-        self._paths = [_path_matrix(lam) for lam in self.lambdas]
+        self._averages = layout.averages
+        self._shift = None if mean is None else np.asarray(mean, np.float32)
+        self._stretch = None if scale is None else (1 / np.asarray(scale)).astype(np.float32)
+        self._lambdas = np.array(LAMBDAS, np.float32)[:, None]
+        self._paths, self._decay = paths(LAMBDAS)
+        # (SETTLED, speeds, blocks): what turns ‖z‖²/r after t samples into the chart over its threshold.
+        self._gain = (1 / (variances(LAMBDAS)[..., None] * self.thresholds)).astype(np.float32)
         self.reset()
 
     def reset(self) -> None:
         """Start the charts anew, as if nothing had been seen."""
-        self._z = np.zeros((len(self.lambdas), self.layout.n_features))
+        self._z = np.zeros((len(LAMBDAS), self.layout.n_features), np.float32)
         self.n_samples = 0
         self._quiet_until = 0  # samples taken when all charts were last quiet
-        self.statistic = np.zeros(len(self.layout.names))  # by block: largest T²/(r·threshold) over the speeds
+        self.statistic = np.zeros(len(self.layout.names), np.float32)  # by block: largest over the speeds
 
     @property
     def drift_detected(self) -> bool:
@@ -132,53 +127,220 @@ class DriftCharts:
         """Take samples in order and judge after each one.
 
         Args:
-            w: (N, D) class-centred features (`centre`), any N.
+            w: (N, D) residuals, any N.
 
         Returns:
             The first alarm among these samples, if any.
         """
+        w = np.asarray(w, np.float32)
+        if self._shift is not None:
+            w = w - self._shift
+        if self._stretch is not None:
+            w = w * self._stretch
+        if len(w) == 1:
+            return self._step(w[0])
         first: Alarm | None = None
         for start in range(0, len(w), CHUNK):
-            alarm = self._update_chunk((w[start : start + CHUNK] - self._mean) / self._scale)
-            if alarm is not None and first is None:
-                first = replace(alarm, index=alarm.index + start)
+            alarm = self._judge(self._walk(w[start : start + CHUNK]), start)
+            first = first or alarm
         return first
 
-    def _update_chunk(self, w: Array) -> Alarm | None:
-        n = len(w)
-        t = self.n_samples + np.arange(1, n + 1)
-        worst = np.zeros((n, len(self.layout.names)))
-        for i, lam in enumerate(self.lambdas):
-            decay = (1 - lam) ** np.arange(1, n + 1)
-            z = self._paths[i][:n, :n] @ w + decay[:, None] * self._z[i]  # (n, D)
-            self._z[i] = z[-1]
-            variance = lam / (2 - lam) * (1 - (1 - lam) ** (2 * t))
-            np.maximum(worst, self.layout.squares(z) / variance[:, None] / self.thresholds[i], out=worst)
-        self.statistic = worst[-1]
-        largest = worst.max(axis=1)
-        over = np.flatnonzero(largest > 1.0)
-        quiet = np.flatnonzero(largest[: over[0] if len(over) else n] < QUIET)
-        if len(quiet):
-            self._quiet_until = self.n_samples + int(quiet[-1]) + 1
-        before, self.n_samples = self.n_samples, self.n_samples + n
-        if not len(over):
+    def _step(self, w: Array) -> Alarm | None:
+        """One sample."""
+        z = self._z
+        z += self._lambdas * (w - z)
+        values = (z * z) @ self._averages
+        values *= self._gain[self.n_samples if self.n_samples < SETTLED else SETTLED - 1]
+        self.statistic = values.max(axis=0)
+        largest = float(self.statistic.max())
+        self.n_samples += 1
+        if largest < QUIET:
+            self._quiet_until = self.n_samples
+        if largest <= 1.0:
             return None
-        index = int(over[0])
+        lag = self.n_samples - 1 - self._quiet_until
+        return Alarm(0, lag, self.layout.names[int(self.statistic.argmax())], largest)
+
+    def _walk(self, w: Array) -> Array:
+        """Up to `CHUNK` samples at once; (n, blocks) statistics after each."""
+        n = len(w)
+        z = self._paths[:, :n, :n] @ w  # (speeds, n, D)
+        z += self._decay[:, :n, None] * self._z[:, None]
+        self._z = z[:, -1].copy()
+        values = (z * z) @ self._averages
+        t = np.minimum(self.n_samples + np.arange(n), SETTLED - 1)
+        values *= self._gain[t].transpose(1, 0, 2)
+        worst: Array = values.max(axis=0)
+        return worst
+
+    def _judge(self, worst: Array, offset: int) -> Alarm | None:
+        """The first of (n, blocks) statistics over 1."""
+        self.statistic = worst[-1]
+        before, self.n_samples = self.n_samples, self.n_samples + len(worst)
+        largest = worst.max(axis=1)
+        if largest.max() <= 1.0:
+            quiet = np.flatnonzero(largest < QUIET)
+            if len(quiet):
+                self._quiet_until = before + int(quiet[-1]) + 1
+            return None
+        index = int((largest > 1.0).argmax())
+        quiet = np.flatnonzero(largest[:index] < QUIET)
+        if len(quiet):
+            self._quiet_until = before + int(quiet[-1]) + 1
         block = int(worst[index].argmax())
         lag = before + index - self._quiet_until
-        return Alarm(index, lag, self.layout.names[block], float(worst[index, block]))
+        return Alarm(offset + index, lag, self.layout.names[block], float(worst[index, block]))
 
     def state(self) -> dict[str, Array]:
         """What `load_state` needs to go on where this left off."""
-        return {"z": self._z.copy(), "n_samples": np.array(self.n_samples)}
+        counts = np.array([self.n_samples, self._quiet_until])
+        return {"z": self._z.copy(), "counts": counts, "statistic": self.statistic.copy()}
 
     def load_state(self, state: dict[str, Array]) -> None:
         """Go on from `state()` of charts with the same layout."""
+        self._z = np.array(state["z"], np.float32)
+        self.n_samples, self._quiet_until = (int(n) for n in state["counts"])
+        self.statistic = np.array(state["statistic"], np.float32)
+
+
+class ClassHistogram:
+    """Does the mix of predicted classes differ from the reference's? EWMAs of one-hot predictions.
+
+    The Pearson statistic Σ (z_k - π_k)²/π_k, in units of what chance gives, at three speeds. The features do not
+    see a new class mix, and it is no reason to operate; but it is worth a notice, and tells a prior shift from
+    the others.
+
+    Args:
+        prior: (K,) class frequencies π of the reference's predictions, none of them 0.
+        thresholds: (speeds,) of the statistic.
+    """
+
+    def __init__(self, prior: Array, thresholds: Array) -> None:
+        self.prior = np.asarray(prior, np.float64)
+        self.thresholds = np.asarray(thresholds, np.float64)
+        self._inverse = 1 / self.prior
+        self._lambdas = np.array(CLASS_LAMBDAS)[:, None]
+        paths_, decay = paths(CLASS_LAMBDAS)
+        self._paths, self._decay = paths_.astype(np.float64), decay.astype(np.float64)
+        i, j = np.indices((CHUNK, CHUNK))
+        keep = (1 - self._lambdas)[..., None] ** 2
+        self._sums = np.where(j <= i, keep ** np.maximum(i - j, 0), 0.0)  # how Σ z²/π adds up
+        degrees = max(1, len(self.prior) - 1)
+        self._gain = 1 / (variances(CLASS_LAMBDAS) * degrees * self.thresholds)  # (SETTLED, speeds)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, from the reference's mix."""
+        self._z = np.tile(self.prior, (len(CLASS_LAMBDAS), 1))  # times `_scale`, so that a step touches one class
+        self._scale = [1.0] * len(CLASS_LAMBDAS)
+        self._sum = [1.0] * len(CLASS_LAMBDAS)  # Σ z²/π
+        self.n_samples = 0
+        self.statistic = 0.0
+
+    @property
+    def drift_detected(self) -> bool:
+        """Whether the mix differs now."""
+        return self.statistic > 1.0
+
+    def update(self, predictions: Array) -> int | None:
+        """Take predicted classes in order.
+
+        Args:
+            predictions: (N,) class indices.
+
+        Returns:
+            Index of the first sample over the threshold, if any.
+        """
+        if len(predictions) == 1:
+            return self._step(int(predictions[0]))
+        first = None
+        for start in range(0, len(predictions), CHUNK):
+            index = self._walk(predictions[start : start + CHUNK])
+            if index is not None and first is None:
+                first = start + index
+        return first
+
+    def _step(self, c: int) -> int | None:
+        """One sample."""
+        gain = self._gain[self.n_samples if self.n_samples < SETTLED else SETTLED - 1]
+        inverse, largest = float(self._inverse[c]), 0.0
+        for i, lam in enumerate(CLASS_LAMBDAS):
+            keep = 1 - lam
+            there = float(self._z[i, c]) * self._scale[i]
+            self._sum[i] = keep * keep * self._sum[i] + (2 * lam * keep * there + lam * lam) * inverse
+            self._scale[i] *= keep
+            self._z[i, c] = (keep * there + lam) / self._scale[i]
+            largest = max(largest, (self._sum[i] - 1) * float(gain[i]))
+            if self._scale[i] < TINY:
+                self._settle()
+        self.statistic = largest
+        self.n_samples += 1
+        return 0 if largest > 1.0 else None
+
+    def _gain_of(self, n: int) -> Array:
+        """(speeds, n) of the next n samples."""
+        if self.n_samples >= SETTLED:
+            last: Array = self._gain[-1][:, None]
+            return last
+        gain: Array = self._gain[np.minimum(self.n_samples + np.arange(n), SETTLED - 1)].T
+        return gain
+
+    def _settle(self) -> None:
+        """Put the scale back into z, and take the sum anew so that rounding cannot add up."""
+        self._z *= np.array(self._scale)[:, None]
+        self._scale = [1.0] * len(CLASS_LAMBDAS)
+        self._sum = (np.square(self._z) @ self._inverse).tolist()
+
+    def _walk(self, c: Array) -> int | None:
+        """Up to `CHUNK` samples at once, at a cost that hardly grows with the number of classes."""
+        self._settle()
+        n = len(c)
+        decay, inverse = self._decay[:, :n], self._inverse[c]
+        # Σ z²/π after each sample follows from the z of its class before it, term by term.
+        same = c[:, None] == c
+        before = self._z[:, c]
+        before[:, 1:] *= decay[:, :-1]
+        before[:, 1:] += (self._paths[:, : n - 1, :n] * same[1:]).sum(axis=2)
+        keep = 1 - self._lambdas
+        gained = (2 * self._lambdas * keep * before + self._lambdas**2) * inverse  # (speeds, n)
+        sums = decay**2 * np.array(self._sum)[:, None] + (self._sums[:, :n, :n] @ gained[..., None])[..., 0]
+        largest = ((sums - 1) * self._gain_of(n)).max(axis=0)
+        paths_ = self._paths[:, :n, :n]
+        self._z *= decay[:, -1:]
+        np.add.at(self._z.T, c, paths_[:, -1].T)
+        self._sum = sums[:, -1].tolist()
+        self.n_samples += n
+        self.statistic = float(largest[-1])
+        return int((largest > 1.0).argmax()) if largest.max() > 1.0 else None
+
+    def state(self) -> dict[str, Array]:
+        """What `load_state` needs to go on where this left off."""
+        self._settle()
+        return {
+            "z": self._z.copy(),
+            "counts": np.array([self.n_samples]),
+            "statistic": np.array([self.statistic]),
+        }
+
+    def load_state(self, state: dict[str, Array]) -> None:
+        """Go on from `state()`."""
         self._z = np.array(state["z"], np.float64)
-        self.n_samples = int(state["n_samples"])
+        self._settle()
+        self.n_samples, self.statistic = int(state["counts"][0]), float(state["statistic"][0])
 
 
-def _path_matrix(lam: float) -> Array:
-    """(CHUNK, CHUNK): row i weighs samples 0..i as i steps of the EWMA do."""
+def variances(lambdas: tuple[float, ...]) -> Array:
+    """(SETTLED, speeds): variance of an EWMA of unit noise after 1, 2, ... samples."""
+    lam = np.array(lambdas)
+    t = np.arange(1, SETTLED + 1)[:, None]
+    result: Array = lam / (2 - lam) * (1 - (1 - lam) ** (2 * t))
+    return result
+
+
+def paths(lambdas: tuple[float, ...]) -> tuple[Array, Array]:
+    """How i steps of an EWMA weigh samples 0..i, (speeds, CHUNK, CHUNK), and what was before, (speeds, CHUNK)."""
     i, j = np.indices((CHUNK, CHUNK))
-    return np.where(j <= i, lam * (1 - lam) ** np.maximum(i - j, 0), 0.0)
+    lam = np.array(lambdas)[:, None, None]
+    weights = np.where(j <= i, lam * (1 - lam) ** np.maximum(i - j, 0), 0.0)
+    decay = (1 - lam[..., 0]) ** np.arange(1, CHUNK + 1)
+    return weights.astype(np.float32), decay.astype(np.float32)

@@ -1,8 +1,7 @@
 """Regimes seen before, home first, as fingerprints in fixed coordinates: the source model's features.
 
-A fingerprint is the mean and spread of class-centred features. A window of samples belongs to the regime
-whose mean it is nearest to, in units of that regime's own spread, if it is as near as the regime's own
-windows are.
+A fingerprint is the mean and spread of residuals. A window of samples belongs to the regime whose mean it is
+nearest to, in units of that regime's own spread, if it is as near as the regime's own windows are.
 """
 
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tta.errors import InputError
-from tta.monitor.calibration import ClassMix
+from tta.monitor.calibration import Bootstrap
 from tta.monitor.charts import Array
+from tta.monitor.stickiness import Stickiness
 
 WINDOW = 48  # samples that are compared with a fingerprint
 MATCH_QUANTILE = 0.995  # of a regime's own windows that are recognised as it
@@ -20,6 +20,7 @@ SLACK = 2.0  # a fingerprint from a few hundred samples is itself uncertain
 VARIANCE_FLOOR = 0.05  # of whitened units: a frozen channel must not decide alone
 N_WINDOWS = 2000
 MIN_SAMPLES = 64
+MEAN_CLASS_RUN = 5  # a window may come by class: what a regime is must not depend on its mix
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Fingerprint:
     """What a regime looks like to the source model.
 
     Attributes:
-        mean: (D,) of class-centred features.
+        mean: (D,) of residuals.
         variance: (D,) of single samples.
         threshold: largest `distance` of a window that still belongs.
     """
@@ -36,17 +37,22 @@ class Fingerprint:
     variance: Array
     threshold: float
 
-    def distance(self, window: Array) -> float:
-        """Mean squared deviation of the window's mean, in units of what chance gives (about 1 within)."""
+    def distance(self, window: Array, inflation: float = 1.0) -> float:
+        """Mean squared deviation of the window's mean, in units of what chance gives (about 1 within).
+
+        Args:
+            window: (n, D) residuals.
+            inflation: of the variance of a mean by stickiness.
+        """
         deviation = np.square(window.mean(axis=0) - self.mean) / self.variance
-        return float(deviation.mean() * len(window))
+        return float(deviation.mean() * len(window) / inflation)
 
 
 def fingerprint(w: Array, predictions: Array, seed: int = 0) -> Fingerprint:
     """Take a regime's fingerprint.
 
     Args:
-        w: (N, D) class-centred features of one regime.
+        w: (N, D) residuals of one regime.
         predictions: (N,) classes the source model predicted for them.
         seed: of the bootstrap of windows.
 
@@ -57,7 +63,7 @@ def fingerprint(w: Array, predictions: Array, seed: int = 0) -> Fingerprint:
         raise InputError(f"{len(w)} samples are too few for a fingerprint: {MIN_SAMPLES} are needed")
     mean = w.mean(axis=0)
     variance = np.maximum(w.var(axis=0), VARIANCE_FLOOR)
-    draw = ClassMix(predictions, N_WINDOWS, np.random.default_rng(seed))
+    draw = Bootstrap(predictions, N_WINDOWS, Stickiness(class_run=MEAN_CLASS_RUN), np.random.default_rng(seed))
     total = np.zeros((N_WINDOWS, w.shape[1]))
     for _ in range(WINDOW):
         total += w[draw.next()]
@@ -65,14 +71,17 @@ def fingerprint(w: Array, predictions: Array, seed: int = 0) -> Fingerprint:
     return Fingerprint(mean, variance, SLACK * float(np.quantile(distances, MATCH_QUANTILE)))
 
 
-def recognise(window: Array, regimes: Sequence[Fingerprint]) -> int | None:
-    """Index of the regime a window belongs to, or None if it is like none of them.
+def recognise(candidates: Sequence[tuple[Fingerprint, Array]], inflation: float = 1.0) -> int | None:
+    """Which regime traffic belongs to.
 
     Args:
-        window: (WINDOW, D) class-centred features.
-        regimes: candidates.
+        candidates: each regime, and the window of residuals (n, D) to judge it by.
+        inflation: of the variance of a mean by stickiness.
+
+    Returns:
+        Index of the nearest, or None if the traffic is like none of them.
     """
-    ratios = [f.distance(window) / f.threshold for f in regimes]
+    ratios = [f.distance(window, inflation) / f.threshold for f, window in candidates]
     if not ratios or min(ratios) > 1.0:
         return None
     return int(np.argmin(ratios))

@@ -17,6 +17,7 @@ from tta.bundle import FORMAT, Bundle, Manifest, load_bundle, write_bundle
 from tta.errors import BundleError, InputError
 from tta.images import RESIZES
 from tta.monitor.charts import Layout
+from tta.monitor.reference import MIN_REFERENCE
 from tta.packaging.blocks import BlockPlan, partition
 from tta.packaging.export import Served, Taps, export
 from tta.packaging.reference import fit_whitening, raw_features, reference_arrays
@@ -98,8 +99,7 @@ def package(
             "see num_classes in --kwargs"
         )
     predictions = logits.argmax(axis=1)
-    half = len(x) // 2
-    whitening = fit_whitening([r[:half] for r in raw], predictions[:half], len(classes))
+    whitening = fit_whitening(raw, predictions, len(classes))
 
     # 2. The graph, and whether it computes what the model computes.
     progress("export", 0, 1)
@@ -107,15 +107,10 @@ def package(
     graph, tensors = export(served, recipe.image_shape)
     progress("export", 1, 1)
 
-    # 3. Thresholds.
+    # 3. What is usual, and thresholds.
     progress("calibrate", 0, 1)
-    layout = Layout(tuple(b.name for b in blocks), tuple(whitening.widths))
-    features = np.concatenate(
-        [r[half:] @ m + o for r, (m, o) in zip(raw, whitening.projections, strict=True)], axis=1
-    )
-    arrays = reference_arrays(
-        features, predictions[half:], y[half:], whitening.centroids, layout, recipe.arl, recipe.seed
-    )
+    layout = Layout(tuple(b.name for b in blocks), whitening.widths)
+    arrays = reference_arrays(taps, whitening, layout, x, y, logits, raw, recipe.arl, recipe.seed)
     progress("calibrate", 1, 1)
 
     weights = {n: t.detach().numpy() for n, t in model.state_dict().items()}
@@ -151,6 +146,11 @@ def _check_reference(recipe: Recipe, x: Array, y: Array, classes: Sequence[str])
         raise InputError(f"resize {recipe.resize!r}: write {' or '.join(RESIZES)}")
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != recipe.image_shape:
         raise InputError(f"expected reference images (N, {recipe.image_shape}) uint8, got {x.dtype}{x.shape}")
+    if len(x) < MIN_REFERENCE:
+        raise InputError(
+            f"{len(x)} reference images are too few to calibrate: "
+            f"give at least {MIN_REFERENCE} (2,000 or more are better)"
+        )
     if len(np.unique(y)) < 2:
         raise InputError("the reference holds one class only: nothing can be told apart")
     if y.max() >= len(classes):

@@ -187,7 +187,12 @@ class Server:
         # 1. Tell the daemon first: a label that follows the reply must find its prediction.
         inputs = sample.random() < self.options.input_sample_rate
         observation = Observation(
-            epoch=self.epoch, first_id=first_id, version=result.version, n=len(x), inputs=inputs
+            epoch=self.epoch,
+            first_id=first_id,
+            version=result.version,
+            n=len(x),
+            inputs=inputs,
+            keys=[(r.key, len(r.x)) for r in live] if any(r.key for r in live) else [],
         )
         tensors = [result.logits, result.features, *([x] if inputs else [])]
         self._ship(observations, [msgspec.msgpack.encode(observation), *(t.tobytes() for t in tensors)])

@@ -26,6 +26,7 @@ class Pending:
         x: (N, H, W, C) uint8 view of the payload.
         received: monotonic seconds of arrival.
         expires: monotonic seconds after which nobody wants the answer; infinity for never.
+        key: who sent it; "" for nobody in particular.
     """
 
     identity: bytes
@@ -33,6 +34,7 @@ class Pending:
     x: npt.NDArray[Any]
     received: float
     expires: float
+    key: str = ""
     cancelled: bool = field(default=False, init=False)
 
 

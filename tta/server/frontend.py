@@ -170,7 +170,7 @@ class Frontend:
             raise InputError(f"{len(x)} images in one request: at most {self.options.queue_images} are taken")
         now = time.monotonic()
         expires = now + request.deadline_s if request.deadline_s is not None else float("inf")
-        self.batcher.put(Pending(identity, request.id, x, now, expires))
+        self.batcher.put(Pending(identity, request.id, x, now, expires, request.key or ""))
 
     def _answer(self, identity: bytes, request: protocol.DataRequest) -> dict[str, Any]:
         reply: dict[str, Any] = {"v": protocol.PROTOCOL_VERSION, "id": request.id, "code": 0}

@@ -34,7 +34,11 @@ class ServerOptions(msgspec.Struct, kw_only=True):
 
 
 class Observation(msgspec.Struct, kw_only=True):
-    """Header of one batch's observation; frames follow: logits, features, then the images if `inputs`."""
+    """Header of one batch's observation; frames follow: logits, features, then the images if `inputs`.
+
+    Attributes:
+        keys: who sent the images: (key, number of images) in order; empty if nobody gave a key.
+    """
 
     op: str = "observation"
     epoch: int
@@ -42,6 +46,7 @@ class Observation(msgspec.Struct, kw_only=True):
     version: int
     n: int
     inputs: bool
+    keys: list[tuple[str, int]] = []
 
 
 DURATION_BUCKETS_S = tuple(0.00025 * 2**i for i in range(15))  # 250 us .. 4 s

@@ -1,0 +1,133 @@
+"""Thresholds for how sticky the traffic is, computed in a process of their own and kept on disk.
+
+`python -m tta.daemon.calibrations BUNDLE OUT ARL REPEAT CLASS_RUN NICE PARENT` is that process: seconds of work
+that the daemon's loop must not wait for.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from tta.bundle import Bundle, load_bundle
+from tta.daemon.processes import Logger
+from tta.daemon.store import write_atomically
+from tta.monitor.calibration import Calibration, calibrate
+from tta.monitor.charts import Layout
+from tta.monitor.reference import Reference
+from tta.monitor.stickiness import Stickiness
+from tta.process import become_worker
+
+
+class Calibrations:
+    """All thresholds of one bundle at one `arl`. Owned by the daemon's main thread.
+
+    Args:
+        root: folder they are kept in.
+        bundle: what they are for; its own thresholds are used where they fit.
+        arl: samples between two false alarms; None for the bundle's.
+        nice: of the process that computes them.
+    """
+
+    def __init__(self, root: Path, bundle: Bundle, arl: float | None, nice: int, log: Logger) -> None:
+        self.arl = bundle.manifest.arl if arl is None else arl
+        self._root = root
+        self._bundle = bundle
+        self._nice = nice
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._wanted: Stickiness | None = None
+        root.mkdir(exist_ok=True)
+
+    def kept(self, stickiness: Stickiness) -> Calibration | None:
+        """Thresholds that are there already."""
+        own = Calibration.load(self._bundle.reference)
+        if own.arl == self.arl and own.stickiness == stickiness:
+            return own
+        try:
+            return Calibration.load(load(self._path(stickiness).read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            self._log.warning("calibration_damaged", path=str(self._path(stickiness)), error=str(error))
+            return None
+
+    def now(self, stickiness: Stickiness) -> Calibration:
+        """Thresholds, computed here if need be; takes seconds."""
+        found = self.kept(stickiness)
+        if found is None:
+            found = _compute(self._bundle, self.arl, stickiness)
+            write_atomically(self._path(stickiness), _bytes(found))
+        return found
+
+    def request(self, stickiness: Stickiness) -> None:
+        """Have thresholds computed; one at a time, a second request waits for its turn by being made again."""
+        if self._process is not None or self.kept(stickiness) is not None:
+            self._wanted = self._wanted or stickiness
+            return
+        self._wanted = stickiness
+        arguments = [
+            str(self._bundle.path.resolve()),
+            str(self._path(stickiness)),
+            repr(self.arl),
+            repr(stickiness.repeat),
+            str(stickiness.class_run),
+            str(self._nice),
+            str(os.getpid()),
+        ]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tta.daemon.calibrations", *arguments],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        self._log.info("calibration_started", pid=self._process.pid, arl=self.arl, **vars(stickiness))
+
+    def poll(self) -> tuple[Stickiness, Calibration | None] | None:
+        """What was requested, once it is there; None in place of thresholds that could not be computed."""
+        if self._wanted is None or (self._process is not None and self._process.poll() is None):
+            return None
+        status, self._process = self._process.returncode if self._process else 0, None
+        wanted, self._wanted = self._wanted, None
+        found = self.kept(wanted)
+        if found is None:
+            self._log.error("calibration_failed", exit_status=status, **vars(wanted))
+        return wanted, found
+
+    def close(self) -> None:
+        """Stop the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(5)
+
+    def _path(self, stickiness: Stickiness) -> Path:
+        text = f"{self._bundle.sha256} {self.arl!r} {stickiness.repeat!r} {stickiness.class_run}"
+        return self._root / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+
+
+def _compute(bundle: Bundle, arl: float, stickiness: Stickiness) -> Calibration:
+    blocks = bundle.manifest.blocks
+    layout = Layout(tuple(b.name for b in blocks), tuple(b.n_features for b in blocks))
+    return calibrate(Reference.load(layout, bundle.reference), arl, stickiness)
+
+
+def _bytes(calibration: Calibration) -> bytes:
+    data: bytes = save({name: np.ascontiguousarray(array) for name, array in calibration.arrays().items()})
+    return data
+
+
+def main() -> int:
+    """Compute thresholds and write them."""
+    path, out, arl, repeat, class_run, nice, parent = sys.argv[1:8]
+    become_worker(int(nice), int(parent))
+    calibration = _compute(load_bundle(path), float(arl), Stickiness(float(repeat), int(class_run)))
+    write_atomically(Path(out), _bytes(calibration))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The slow tier: a detector whose run length is bounded by construction, not by a bootstrap.
+
+Each sample's score is compared with the held-out scores of its predicted class: a conformal p-value. It is turned
+into an e-value, at most 1 on average while nothing has changed, and R ← (R + 1)·e is a Shiryaev–Roberts
+e-detector: an alarm at R ≥ arl comes at most once in `arl` samples on average. A finite reference only knows its
+own distribution to within a band, so p is raised by the width of that band (Dvoretzky, Kiefer, Wolfowitz,
+Massart): with `CONFIDENCE` over the draw of the reference, the bound then holds. It assumes independent samples;
+of sticky traffic only every n-th is taken.
+
+Source: Shin, Ramdas and Rinaldo, E-detectors, NEJSDS 2024; Vovk et al. for the p-values.
+"""
+
+import math
+from bisect import bisect_left
+
+import numpy as np
+
+from tta.monitor.charts import Array
+from tta.monitor.reference import Reference
+
+CONFIDENCE = 0.9  # that the bound holds for the reference that was drawn
+POWERS = (0.2, 0.5, 0.8)  # e(p) is the mean of κ·p^(κ-1) over these κ
+MIN_SCORES = 50  # of a class, to be judged by its own; else by all
+LIMIT = 1e12
+
+
+class ConformalDetector:
+    """One number R, one sample at a time.
+
+    Args:
+        reference: whose held-out residuals are what is usual.
+        arl: samples between two false alarms, at least.
+        stride: only every so many samples are taken, see `stride`.
+    """
+
+    def __init__(self, reference: Reference, arl: float, stride: int = 1) -> None:
+        self.arl = arl
+        self.stride = stride
+        self._layout = reference.layout
+        scores = self.scores(reference.w)
+        n_classes = len(reference.prior)
+        own = [np.sort(scores[reference.predictions == k]) for k in range(n_classes)]
+        judged = [k for k in range(n_classes) if len(own[k]) >= MIN_SCORES]
+        alpha = (1 - CONFIDENCE) / (len(judged) + 1)
+        everybody = _table(np.sort(scores), alpha)
+        self._tables = [_table(own[k], alpha) if k in judged else everybody for k in range(n_classes)]
+        self.reset()
+
+    def scores(self, w: Array) -> Array:
+        """(N,) largest mean square of a block of each sample's residuals (N, D)."""
+        largest: Array = self._layout.squares(w).max(axis=1)
+        return largest
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._r = 0.0
+        self.n_samples = 0
+
+    @property
+    def statistic(self) -> float:
+        """R over its threshold."""
+        return self._r / self.arl
+
+    def update(self, w: Array, predictions: Array) -> int | None:
+        """Take samples in order.
+
+        Args:
+            w: (N, D) residuals.
+            predictions: (N,) predicted classes.
+
+        Returns:
+            Index of the first sample over the threshold, if any.
+        """
+        first = None
+        chosen = range(-self.n_samples % self.stride, len(w), self.stride)
+        self.n_samples += len(w)
+        if not len(chosen):
+            return None
+        taken = slice(chosen.start, None, self.stride)
+        scores, classes = self.scores(w[taken]).tolist(), predictions[taken].tolist()
+        r, arl, tables = self._r, self.arl, self._tables
+        for i, score, k in zip(chosen, scores, classes, strict=True):
+            sorted_scores, e_values = tables[k]
+            r = (r + 1.0) * e_values[bisect_left(sorted_scores, score)]
+            if r >= arl:
+                r = min(r, LIMIT)
+                first = i if first is None else first
+        self._r = r
+        return first
+
+    def state(self) -> dict[str, Array]:
+        """What `load_state` needs to go on where this left off."""
+        return {"r": np.array([self._r]), "counts": np.array([self.n_samples])}
+
+    def load_state(self, state: dict[str, Array]) -> None:
+        """Go on from `state()`."""
+        self._r, self.n_samples = float(state["r"][0]), int(state["counts"][0])
+
+
+def stride(repeat: float) -> int:
+    """How many samples of traffic this sticky lie between two that are about independent."""
+    return max(1, math.ceil(math.log(0.05) / math.log(repeat))) if repeat > 0.05 else 1
+
+
+def _table(scores: Array, alpha: float) -> tuple[list[float], list[float]]:
+    """Sorted scores, and the e-value of a sample by how many of them lie below it."""
+    n = len(scores)
+    band = math.sqrt(math.log(1 / alpha) / (2 * n))
+    p = np.minimum(1.0, (1 + n - np.arange(n + 1)) / (n + 1) + band)
+    e = np.mean([power * p ** (power - 1) for power in POWERS], axis=0)
+    return scores.tolist(), e.tolist()

@@ -1,0 +1,163 @@
+"""The drift monitor of one stream: charts, histogram, slow tier, and how sticky the traffic is."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from tta.monitor.calibration import Calibration
+from tta.monitor.charts import Alarm, Array, ClassHistogram, DriftCharts
+from tta.monitor.conformal import ConformalDetector, stride
+from tta.monitor.history import History, Samples
+from tta.monitor.reference import Reference
+from tta.monitor.regimes import Fingerprint
+from tta.monitor.stickiness import MIN_SAMPLES, Stickiness, measure, nearest
+
+REGIME_SLACK = 3.0  # a regime's own scale is known from a few hundred samples only
+HISTORY = 1024  # samples remembered
+MEASURE_EVERY = 1024  # samples between two measurements of the stickiness
+MEASURED = 512  # samples it is measured on in passing
+BEFORE = 8  # samples before an alarm's onset that are measured with those since
+HYSTERESIS = 0.1  # of a repeat: thresholds should not change to and fro
+NOISE = 0.5  # over √n: by which a repeat measured on n samples may be off
+
+
+class DriftMonitor:
+    """Takes residuals in order and says when they are no longer what is usual. Owned by one thread.
+
+    An alarm that near-copies in the traffic explain is held back: `wanted` then says for which stickiness
+    thresholds are needed, and with them (`recalibrated`) the monitor judges the same samples again.
+
+    Args:
+        reference: of the model.
+        calibration: thresholds.
+        regime: watch deviations from this fingerprint; from the reference by default.
+        adaptive: measure the stickiness; else the calibration's stands.
+        capacity: samples remembered.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        calibration: Calibration,
+        regime: Fingerprint | None = None,
+        adaptive: bool = True,
+        capacity: int = HISTORY,
+    ) -> None:
+        self.reference = reference
+        self.adaptive = adaptive
+        self.wanted: Stickiness | None = None
+        self.history = History(reference.layout.n_features, capacity)
+        self._unmeasured = 0
+        self._use(calibration, regime)
+
+    def _use(self, calibration: Calibration, regime: Fingerprint | None) -> None:
+        self.calibration, self.regime = calibration, regime
+        layout = self.reference.layout
+        if regime is None:
+            self.charts = DriftCharts(layout, calibration.thresholds)
+        else:
+            thresholds = calibration.thresholds * REGIME_SLACK
+            self.charts = DriftCharts(layout, thresholds, regime.mean, np.sqrt(regime.variance))
+        # Histogram and slow tier know the reference only: in another regime they rest.
+        self.classes = ClassHistogram(self.reference.prior, calibration.class_thresholds)
+        self.conformal = ConformalDetector(
+            self.reference, calibration.conformal_arl, stride(calibration.stickiness.repeat)
+        )
+        self.n_samples = 0
+
+    def enter(self, regime: Fingerprint | None) -> None:
+        """Watch another regime from now on."""
+        self._use(self.calibration, regime)
+
+    def reset(self) -> None:
+        """Start all charts anew."""
+        self._use(self.calibration, self.regime)
+
+    @property
+    def inflation(self) -> float:
+        """Variance of a mean of this traffic, in units of independent samples."""
+        return self.calibration.stickiness.inflation
+
+    def update(self, samples: Samples) -> Alarm | None:
+        """Take samples in order.
+
+        Returns:
+            The first alarm among them, unless their stickiness explains it.
+        """
+        self.history.append(samples)
+        n = len(samples)
+        self._unmeasured += n
+        alarm = self._judge(samples.w, samples.predictions)
+        if not self.adaptive:
+            return alarm
+        if alarm is not None and len(self.history) < MIN_SAMPLES:
+            return None  # too few to tell a shift from one picture shown again and again; the charts stay over
+        if alarm is not None and self.wanted is None:
+            self._measure(alarm.lag + n - alarm.index + BEFORE, upwards=True)
+        elif self._unmeasured >= MEASURE_EVERY:
+            self._unmeasured = 0
+            self._measure(MEASURED, upwards=False)
+        return None if self.wanted is not None and not self.calibration.stickiness.covers(self.wanted) else alarm
+
+    def _judge(self, w: Array, predictions: Array) -> Alarm | None:
+        alarm = self.charts.update(w)
+        self.n_samples += len(w)
+        if self.regime is None:
+            self.classes.update(predictions)
+            index = self.conformal.update(w, predictions)
+            if index is not None and (alarm is None or index < alarm.index):
+                block = int(self.reference.layout.squares(w[index]).argmax())
+                name = self.reference.layout.names[block]
+                return Alarm(index, 0, name, self.conformal.statistic, "conformal")
+        return alarm
+
+    def _measure(self, n: int, upwards: bool) -> None:
+        """Are the thresholds right for how sticky the last samples were?"""
+        recent = self.history.newest(n)
+        n = len(recent)
+        repeat, class_run = measure(recent.w, recent.predictions)
+        found = nearest(repeat - NOISE / np.sqrt(n), class_run)
+        now = self.calibration.stickiness
+        if not now.covers(found):
+            self.wanted = Stickiness(max(now.repeat, found.repeat), max(now.class_run, found.class_run))
+        elif not upwards and n == MEASURED:
+            found = nearest(repeat + HYSTERESIS, class_run * (1 + HYSTERESIS))
+            if found != now and now.covers(found):
+                self.wanted = found
+
+    def recalibrated(self, calibration: Calibration) -> Alarm | None:
+        """Go on with these thresholds, as if they had been in use all along.
+
+        Returns:
+            The alarm that the remembered samples raise with them, if any; its index counts back from the newest
+            sample (0 is the newest, -1 the one before).
+        """
+        stickier = not self.calibration.stickiness.covers(calibration.stickiness)
+        n, state = min(len(self.history), self.n_samples), self.state()
+        self.wanted = None
+        self._use(calibration, self.regime)
+        if not stickier or not n:
+            self.load_state(state)
+            return None
+        recent = self.history.newest(n)
+        alarm = self._judge(recent.w, recent.predictions)
+        return None if alarm is None else replace(alarm, index=alarm.index + 1 - n)
+
+    def state(self) -> dict[str, Array]:
+        """What `load_state` needs to go on where this left off; flat, for a file."""
+        parts = {"charts": self.charts.state(), "classes": self.classes.state()}
+        parts["conformal"] = self.conformal.state()
+        found = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        return {**found, "n_samples": np.array([self.n_samples])}
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Go on from `state()` of a monitor with the same reference, calibration and regime."""
+
+        def part(name: str) -> dict[str, Array]:
+            return {k.partition(".")[2]: v for k, v in state.items() if k.startswith(name + ".")}
+
+        self.charts.load_state(part("charts"))
+        self.classes.load_state(part("classes"))
+        self.conformal.load_state(part("conformal"))
+        self.n_samples = int(state["n_samples"][0])

@@ -1,0 +1,213 @@
+"""What the monitor knows of the reference data, and how a sample differs from it.
+
+A residual w is a sample's whitened features minus the centroid of its predicted class, whitened again by that
+class's own covariance where the reference had enough samples of it. So a new class mix moves w little, and a
+shift moves it as far as it ever did.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import numpy as np
+
+from tta.errors import InputError
+from tta.monitor.charts import Array, Layout
+
+CLIP = 8.0  # standard deviations: one broken image cannot alarm alone
+MIN_CLASS_SAMPLES = 100  # of a class, to whiten it by its own covariance
+SHRINK_SAMPLES = 20  # samples' worth of pull of a class centroid towards the common mean
+FOLDS = 4
+MIN_REFERENCE = 100
+MAX_HELD_OUT = 4000  # samples kept in a bundle
+SHRINK_RANKS = 4  # a class of n samples gets weight n / (n + 4·r) in its own covariance, the pool the rest
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Reference data as the source model sees it; immutable.
+
+    Attributes:
+        layout: the blocks.
+        centroids: (K, D) mean whitened features of each predicted class.
+        whitener_of: (K,) row of `whiteners` for each class.
+        whiteners: (G, blocks, R, R) float32, R the widest block; row 0 is the identity; what
+            lies beyond a block's width is 0.
+        w: (N, D) held-out residuals.
+        predictions: (N,) predicted classes of the same.
+        labels: (N,) true classes of the same.
+        confidences: (N,) negative entropy of the same, see `confidence`.
+        prior: (K,) frequencies of predicted classes, none 0.
+    """
+
+    layout: Layout
+    centroids: Array
+    whitener_of: Array
+    whiteners: Array
+    w: Array
+    predictions: Array
+    labels: Array
+    confidences: Array
+    prior: Array
+
+    @classmethod
+    def load(cls, layout: Layout, arrays: Mapping[str, Array]) -> "Reference":
+        """From the arrays of `reference.safetensors`."""
+        return cls(layout, **{f.name: arrays[f.name] for f in fields(cls) if f.name != "layout"})
+
+    def arrays(self) -> dict[str, Array]:
+        """For `reference.safetensors`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
+
+    def residuals(self, features: Array, predictions: Array) -> Array:
+        """How samples differ from what is usual for their predicted classes.
+
+        Args:
+            features: (N, D) whitened features of the source model.
+            predictions: (N,) classes it predicted.
+
+        Returns:
+            (N, D) float32, clipped to ±8 standard deviations.
+
+        Raises:
+            InputError: features of another length, or not finite.
+        """
+        d = self.layout.n_features
+        if features.ndim != 2 or features.shape[1] != d:
+            raise InputError(f"expected features of shape (N, {d}), got {features.shape}")
+        centred = features.astype(np.float32, copy=False) - self.centroids[predictions]
+        if not np.isfinite(centred).all():
+            raise InputError("features hold NaN or infinity")
+        if len(self.whiteners) > 1:
+            centred = self._whiten(centred, self.whitener_of[predictions])
+        np.minimum(centred, CLIP, out=centred)  # np.clip takes three times as long for one sample
+        return np.maximum(centred, -CLIP, out=centred)
+
+    def _whiten(self, w: Array, which: Array) -> Array:
+        """Each sample by its class's whitener: padded to (n, blocks, R), sorted so that a class is one product."""
+        padded = w.take(self._padding, axis=1).reshape(len(w), *self.whiteners.shape[1:3])
+        if len(w) == 1:
+            whitened = padded.transpose(1, 0, 2) @ self.whiteners[which[0]]
+            one: Array = whitened.reshape(1, -1).take(self._kept, axis=1)
+            return one
+        order = which.argsort(kind="stable")
+        by_block = padded[order].transpose(1, 0, 2)  # (blocks, n, R)
+        parts, start = [], 0
+        for group, count in enumerate(np.bincount(which).tolist()):
+            if count:
+                parts.append(by_block[:, start : start + count] @ self.whiteners[group])
+                start += count
+        out = np.empty_like(w)
+        out[order] = np.concatenate(parts, axis=1).transpose(1, 0, 2).reshape(len(w), -1).take(self._kept, axis=1)
+        return out
+
+    @cached_property
+    def _padding(self) -> Array:
+        """(blocks · R,) feature each padded place holds; places beyond a block's width repeat its last."""
+        r = self.whiteners.shape[2]
+        places = zip(self.layout.starts, self.layout.widths, strict=True)
+        return np.concatenate([start + np.minimum(np.arange(r), n - 1) for start, n in places])
+
+    @cached_property
+    def _kept(self) -> Array:
+        """(D,) padded places that are features."""
+        r = self.whiteners.shape[2]
+        return np.concatenate([b * r + np.arange(n) for b, n in enumerate(self.layout.widths)])
+
+
+def fit_whiteners(w: Array, predictions: Array, layout: Layout, n_classes: int) -> tuple[Array, Array]:
+    """Whiteners of the classes with enough samples.
+
+    Args:
+        w: (N, D) class-centred whitened features, whose pooled covariance is about the identity.
+        predictions: (N,) predicted classes.
+        layout: the blocks.
+        n_classes: K.
+
+    Returns:
+        `Reference.whitener_of` and `Reference.whiteners`.
+    """
+    widest = max(layout.widths)
+    identity = np.stack([np.diag((np.arange(widest) < r).astype(float)) for r in layout.widths])
+    whitener_of, whiteners = np.zeros(n_classes, np.int64), [identity]
+    for k in range(n_classes):
+        own = w[predictions == k]
+        if len(own) < MIN_CLASS_SAMPLES:
+            continue
+        table = identity.copy()
+        for b, (columns, r) in enumerate(zip(layout.columns, layout.widths, strict=True)):
+            weight = len(own) / (len(own) + SHRINK_RANKS * r)
+            covariance = weight * np.cov(own[:, columns], rowvar=False).reshape(r, r) + (1 - weight) * np.eye(r)
+            variance, axes = np.linalg.eigh(covariance)
+            table[b, :r, :r] = (axes / np.sqrt(variance)) @ axes.T
+        whitener_of[k] = len(whiteners)
+        whiteners.append(table)
+    return whitener_of, np.stack(whiteners).astype(np.float32)
+
+
+def confidence(logits: Array) -> Array:
+    """Negative entropy of the softmax: (N, K) logits to (N,), at most 0."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    negative: Array = (np.exp(log_p) * log_p).sum(axis=1)
+    return negative
+
+
+def fit(
+    features: Array, logits: Array, labels: Array, layout: Layout, seed: int = 0, keep: int = MAX_HELD_OUT
+) -> Reference:
+    """Learn what is usual from reference samples.
+
+    Centroids and class whiteners come from all samples; the residuals that thresholds are calibrated on are
+    cross-fitted, each from centroids and whiteners of the other folds: centroids fitted on the calibration data
+    halve the run length between false alarms, and half of the data for either doubles its scatter.
+
+    Args:
+        features: (N, D) whitened features.
+        logits: (N, K) of the source model.
+        labels: (N,) true classes.
+        layout: the blocks.
+        seed: of the folds.
+        keep: held-out samples kept at most.
+
+    Raises:
+        InputError: features that are not finite, or fewer than `MIN_REFERENCE` samples.
+    """
+    n, k = logits.shape
+    if n < MIN_REFERENCE:
+        raise InputError(f"{n} reference samples: at least {MIN_REFERENCE} are needed (2,000 or more are better)")
+    if not np.isfinite(features).all():
+        raise InputError("reference features hold NaN or infinity")
+    predictions = logits.argmax(axis=1)
+    prior = (np.bincount(predictions, minlength=k) + 1) / (n + k)
+    order = np.random.default_rng(seed).permutation(n)
+    w = np.empty((n, layout.n_features), np.float32)
+    nothing = np.zeros(0)
+
+    def learned(rows: Array) -> Reference:
+        centroids = _centroids(features[rows], predictions[rows], k)
+        centred = features[rows] - centroids[predictions[rows]]
+        whitener_of, whiteners = fit_whiteners(centred, predictions[rows], layout, k)
+        return Reference(layout, centroids, whitener_of, whiteners, nothing, nothing, nothing, nothing, prior)
+
+    for held in np.array_split(order, FOLDS):
+        others = np.setdiff1d(order, held)
+        w[held] = learned(others).residuals(features[held], predictions[held])
+    kept = order[:keep]
+    return replace(
+        learned(order),
+        w=w[kept],
+        predictions=predictions[kept].astype(np.int64),
+        labels=labels[kept].astype(np.int64),
+        confidences=confidence(logits[kept]),
+    )
+
+
+def _centroids(features: Array, predictions: Array, n_classes: int) -> Array:
+    """(K, D) float32 class means, shrunk towards the common mean."""
+    mean = features.mean(axis=0)
+    sums = np.zeros((n_classes, features.shape[1]))
+    np.add.at(sums, predictions, features - mean)
+    counts = np.bincount(predictions, minlength=n_classes)[:, None]
+    centroids: Array = (mean + sums / (counts + SHRINK_SAMPLES)).astype(np.float32)
+    return centroids

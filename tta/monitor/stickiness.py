@@ -1,0 +1,103 @@
+"""How far traffic is from independent samples: near-copies in a row (video), and runs of one class.
+
+A mean over n sticky samples varies as one over fewer of them, so charts calibrated on independent samples raise
+false alarms on video within a few frames. The thresholds are therefore calibrated for a stated stickiness, and
+it is measured on the traffic itself.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tta.monitor.charts import Array
+
+REPEATS = (0.0, 0.15, 0.3, 0.5, 0.65, 0.8, 0.9, 0.95)  # thresholds are calibrated for these
+CLASS_RUNS = (1, 5, 20, 50, 100, 200)  # 1: not by class
+TOLERANCE = 0.05  # by which traffic may be stickier than its thresholds
+LAGS = 16
+FAR = 64  # samples apart that no longer know of each other
+SEGMENT = 128  # samples; a longer window is cut into such, so that a shift within it spoils one only
+NOISE = 0.1  # correlation under which a lag counts as none
+MIN_SAMPLES = 6
+MIN_CLASS_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Stickiness:
+    """What thresholds are calibrated for.
+
+    Attributes:
+        repeat: probability that a sample repeats the one before, in [0, 1); mean run of copies 1/(1 - repeat).
+        class_run: mean length of runs of one predicted class, in samples, in traffic that comes by class.
+    """
+
+    repeat: float = 0.0
+    class_run: int = CLASS_RUNS[0]
+
+    def covers(self, other: "Stickiness") -> bool:
+        """Whether thresholds for this will do for traffic like `other`."""
+        return other.repeat <= self.repeat and other.class_run <= self.class_run
+
+    @property
+    def inflation(self) -> float:
+        """Variance of a mean over many such samples, in units of independent ones: (1 + ρ)/(1 - ρ)."""
+        return (1 + self.repeat) / (1 - self.repeat)
+
+
+def measure(w: Array, predictions: Array) -> tuple[float, float]:
+    """Repeat and mean class run of samples in order.
+
+    Near samples are compared with samples far apart, not with the reference: a shift leaves the result as it is.
+    Copies some samples apart (cameras in turn) count as much as neighbours.
+
+    Args:
+        w: (N, D) residuals.
+        predictions: (N,) predicted classes.
+
+    Returns:
+        (repeat in [0, 1), mean class run in samples); (0, 1) for fewer than 6 samples.
+    """
+    n = len(w)
+    if n < MIN_SAMPLES:
+        return 0.0, 1.0
+    if n > SEGMENT:
+        w = w[:, :: max(1, w.shape[1] // LAGS)]  # as precise as is needed, at a third of the cost
+    segments = [w[i : i + SEGMENT] for i in range(0, max(1, n - SEGMENT + 1), SEGMENT)]
+    return float(np.median([_repeat(segment) for segment in segments])), _class_run(predictions)
+
+
+def _repeat(w: Array) -> float:
+    """Of one segment; see `measure`."""
+    n = len(w)
+    lags, far = min(LAGS, n // 4), min(FAR, n // 2)
+    apart = float(np.mean([_apart(w, far + extra) for extra in range(0, min(FAR, n // 4), FAR // 4)]))
+    if apart <= 0:
+        return 1.0
+    correlation = [1 - _apart(w, lag) / apart for lag in range(1, lags + 1)]
+    # One lag suffices where copies are neighbours; the sum over lags also sees cameras that take turns.
+    total = 1 + 2 * sum(c for c in correlation if c > NOISE)
+    repeat = max(correlation[0], (total - 1) / (total + 1))
+    return float(np.clip(repeat, 0.0, 1.0))
+
+
+def _apart(w: Array, lag: int) -> float:
+    """Mean squared difference of samples `lag` apart."""
+    return float(np.square(w[lag:] - w[:-lag]).mean())
+
+
+def _class_run(predictions: Array) -> float:
+    """Mean length of runs of one class beyond those that chance makes."""
+    if len(predictions) < MIN_CLASS_SAMPLES:
+        return 1.0
+    shares = np.bincount(predictions) / len(predictions)
+    by_chance = float(np.square(shares).sum())
+    same = float((predictions[1:] == predictions[:-1]).mean())
+    stay = (same - by_chance) / (1 - by_chance) if by_chance < 1 else 1.0
+    return float(1 / max(1 / len(predictions), 1 - stay)) if stay > 0 else 1.0
+
+
+def nearest(repeat: float, class_run: float) -> Stickiness:
+    """The smallest of the calibrated steps that covers a measurement, within `TOLERANCE`."""
+    repeats = [r for r in REPEATS if r >= repeat - TOLERANCE]
+    runs = [r for r in CLASS_RUNS if r >= class_run / 1.5]
+    return Stickiness(repeats[0] if repeats else REPEATS[-1], runs[0] if runs else CLASS_RUNS[-1])
