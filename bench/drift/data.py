@@ -1,13 +1,13 @@
 """Features of clean and corrupted CIFAR-10, reference draws, and streams.
 
-The 5,000 test images are split anew for each draw: 2,000 make the reference, the last 2,500 every stream, null and
+The 5,000 test images are split anew for each draw: 2,000 make the reference, the other 3,000 every stream, null and
 shifted. Training images are not used: the model knows them too well.
 """
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tta.monitor.charts import Layout
 from tta.monitor.reference import Reference, confidence, fit
 
 N_REFERENCE = 2000
-N_POOL = 2500
+N_POOL = 3000
 SEVERITIES = (1, 2, 3, 4, 5)
 
 Array = npt.NDArray[Any]
@@ -88,19 +88,28 @@ def labels() -> Array:
 
 @dataclass(frozen=True)
 class Pool:
-    """What streams are drawn from: 2,500 images as one condition shows them.
+    """What streams are drawn from: 3,000 images as one condition shows them.
 
     Attributes:
         sets: feature set to (N, d): "last", "all" and "ours".
-        predictions: (N,) predicted classes.
-        confidences: (N,) negative entropy.
+        logits: (N, K).
         labels: (N,) true classes.
     """
 
     sets: dict[str, Array]
-    predictions: Array
-    confidences: Array
+    logits: Array
     labels: Array
+
+    @cached_property
+    def predictions(self) -> Array:
+        """(N,) predicted classes."""
+        classes: Array = self.logits.argmax(axis=1)
+        return classes
+
+    @cached_property
+    def confidences(self) -> Array:
+        """(N,) negative entropy."""
+        return confidence(self.logits)
 
 
 class Draw:
@@ -137,12 +146,14 @@ class Draw:
             predictions = logits.argmax(axis=1)
             w = self.reference.residuals(self.whitening.apply(blocks), predictions)
             sets = {"last": blocks[2], "all": np.concatenate(blocks[:3], axis=1), "ours": w}
-            self._pools[key] = Pool(sets, predictions, confidence(logits), labels()[self._pool])
+            self._pools[key] = Pool(sets, logits, labels()[self._pool])
         return self._pools[key]
 
     def shift(self, name: str) -> Pool:
-        """The pool after any shift: "gaussian_noise 3", "population 2", or "clean"."""
+        """The pool after any shift: "gaussian_noise 3", "population 2", or the clean one for a "prior 50"."""
         kind, _, number = name.partition(" ")
+        if kind == "prior":
+            return self.pool()
         if kind == "population":
             return self._population(int(number))
         return self.pool(kind, int(number or 0))
@@ -162,8 +173,7 @@ class Draw:
         rows = np.flatnonzero(cluster == number)
         return Pool(
             {k: v[rows] for k, v in clean.sets.items()},
-            clean.predictions[rows],
-            clean.confidences[rows],
+            clean.logits[rows],
             clean.labels[rows],
         )
 

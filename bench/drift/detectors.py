@@ -8,8 +8,8 @@ holds MMD to alibi-detect's and ours to `tta.monitor.charts`.
 from collections.abc import Callable
 
 import numpy as np
-from bench.drift.data import Array, Draw
 
+from bench.drift.data import Array, Draw
 from tta.monitor.calibration import Calibration
 from tta.monitor.charts import LAMBDAS, variances
 

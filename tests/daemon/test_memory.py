@@ -16,7 +16,7 @@ from tta.daemon.ledger import Entry, Ledger
 from tta.daemon.library import HOME, Library
 from tta.daemon.store import Store
 from tta.errors import ConfigError, NotFoundError
-from tta.monitor.regimes import fingerprint
+from tta.monitor.regimes import fingerprint, recognise
 
 ID = 1_700_000_000_000_000
 
@@ -196,12 +196,14 @@ def test_the_library_survives_and_forgets_the_least_used(tmp_path: Path) -> None
 
     library = Library(tmp_path, regime(0), 0.9, capacity=2)
     for i, mean in enumerate((3.0, -3.0, 6.0)):
-        library.add(i + 1, "input", 0.8, regime(mean), sequence=i)
+        library.add(i + 1, "input", 0.8, regime(mean), sequence=i, keys=("north",))
 
     again = Library(tmp_path, regime(0), 0.9, capacity=2)
 
     assert set(again.regimes) == {HOME, 2, 3}
-    found = again.recognise(rng.normal(-3, 1, (48, 6)))
+    window = rng.normal(-3, 1, (48, 6))
+    known = [r for r in again.regimes.values() if r.fingerprint is not None]
+    found = recognise([(r.fingerprint, window) for r in known])
     assert found is not None
-    assert (found.number, found.version) == (2, 2)
+    assert (known[found].number, known[found].version, known[found].keys) == (2, 2, ("north",))
     assert json.loads((tmp_path / "library.json").read_text())[0]["kind"] == "input"

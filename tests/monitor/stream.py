@@ -4,7 +4,7 @@ import numpy as np
 
 from tta.monitor.charts import Layout
 from tta.monitor.history import Samples
-from tta.monitor.reference import Reference, confidence, fit
+from tta.monitor.reference import Reference, fit
 
 LAYOUT = Layout(("block1", "block2", "head"), (6, 6, 3))
 
@@ -35,7 +35,7 @@ def stream(n: int, seed: int, mean: float = 0.0, repeat: float = 0.0, first: int
     return Samples(
         w[rows],
         logits.argmax(axis=1)[rows],
-        confidence(logits)[rows],
+        logits[rows],
         np.arange(first, first + n),
         np.full(n, key),
     )

@@ -153,7 +153,7 @@ def test_a_monitor_restored_goes_on_alike() -> None:
 
 def test_history_keeps_the_newest() -> None:
     """Whatever the sizes of what is appended, the newest samples are there in order."""
-    history, samples = History(LAYOUT.n_features, 50), stream(500, 12)
+    history, samples = History(LAYOUT.n_features, 4, 50), stream(500, 12)
     taken = 0
     for size in (1, 30, 49, 50, 120, 3, 47, 60):
         history.append(samples[taken : taken + size])

@@ -165,7 +165,7 @@ def test_an_empty_reference_folder_is_named(tmp_path: Path) -> None:
     [
         (lambda x, y: (x, np.zeros_like(y)), "one class only"),
         (lambda x, y: (np.full_like(x, 9), y), "blank"),
-        (lambda x, y: (x[:120], y[:120]), "too few"),
+        (lambda x, y: (x[:90], y[:90]), "too few"),
         (lambda x, y: (x, y + 5), "outside"),
         (lambda x, y: (x[:, :16], y), "expected reference images"),
     ],

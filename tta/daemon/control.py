@@ -278,6 +278,7 @@ class Control:
                 n: round(float(s), 4)
                 for n, s in zip(watch.layout.names, watch.monitor.charts.statistic, strict=True)
             },
+            "charts_samples": watch.monitor.charts.n_samples,
             "class_statistic": round(watch.monitor.classes.statistic, 4),
             "conformal_statistic": round(watch.monitor.conformal.statistic, 4),
             "label_statistic": round(watch.label_statistic, 6),

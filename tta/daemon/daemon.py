@@ -62,6 +62,7 @@ class Daemon:
         self.log = log
         self.should_exit = False
         self._ticked = time.monotonic()
+        self._since = self._ticked
         self._counted = (0, self._ticked)  # images observed, when
         self._started = False
         self._early: list[tuple[float, list[bytes]]] = []  # labels ahead of their predictions: until when, frames
@@ -131,7 +132,8 @@ class Daemon:
         for entry, why in self.library.damaged.items():
             self.log.error("regime_forgotten", entry=entry, error=why)
         self.treatment.restore()
-        self._counted = (self.treatment.sequence, time.monotonic())
+        self._since = time.monotonic()
+        self._counted = (self.treatment.sequence, self._since)
         self.store.discard_candidates()
         self.metrics.version.set(self.treatment.case.serving)
         self.metrics.show_state(self.treatment.cycle.state)
@@ -501,7 +503,7 @@ class Daemon:
         treatment = self.treatment
         before, then = self._counted
         if now > then:
-            share = 1 - math.exp(-(now - then) / RATE_S)
+            share = 1 - math.exp(-(now - then) / min(RATE_S, now - self._since))
             treatment.rate += share * ((treatment.sequence - before) / (now - then) - treatment.rate)
         self._counted = (treatment.sequence, now)
 

@@ -108,8 +108,7 @@ class Watch:
             InputError: features of another length; nothing is changed.
         """
         places = np.asarray(sequences, np.int64)
-        # A sum is finite exactly if every number in it is, but for overflow, which is refused as well.
-        if not math.isfinite(float(features.sum()) + float(logits.sum())):
+        if not math.isfinite(features.sum() + logits.sum()):
             finite = np.isfinite(features).all(axis=1) & np.isfinite(logits).all(axis=1)
             self.n_refused += int((~finite).sum())
             features, logits, places, sources = features[finite], logits[finite], places[finite], sources[finite]
@@ -122,7 +121,7 @@ class Watch:
         predictions = logits.argmax(axis=1)
         w = self.reference.residuals(features, predictions)
         self._unchecked += len(w)
-        alarm = self.monitor.update(Samples(w, predictions, confidence(logits), places, sources))
+        alarm = self.monitor.update(Samples(w, predictions, logits, places, sources))
         return None if alarm is None else (alarm, int(places[alarm.index]))
 
     def recalibrated(self, calibration: Calibration) -> tuple[Alarm, int] | None:
@@ -200,7 +199,7 @@ class Watch:
         """How much accuracy the source is thought to have lost on the samples since the last `look_from`."""
         found = self._since_look(self.config.window)
         n = max(1, len(found))
-        accuracy = self.confidence_model.predicted_accuracy(found.confidences) if len(found) else 0.0
+        accuracy = self.confidence_model.predicted_accuracy(confidence(found.logits)) if len(found) else 0.0
         error = math.sqrt(max(accuracy * (1 - accuracy), 1 / (4 * n)) / n * self.monitor.inflation)
         return Loss(accuracy, self.confidence_model.accuracy - accuracy, error, len(found))
 

@@ -1,11 +1,11 @@
 """Thresholds for a wanted average run length, from held-out reference data, in seconds.
 
-Streams are bootstrapped from held-out samples, half under the reference's class mix and half under a Dirichlet
-prior each, so that a new class mix is not mistaken for a shift. In sticky traffic a sample repeats the one before;
-in traffic that comes by class, another set of streams has runs of one class. Each chart's threshold is the
-exp(-T/arl) quantile of its maximum over T samples; one common factor then makes all charts together meet `arl`,
-in either set. The histogram of classes is calibrated on the reference's own mix only: to it, another mix is what
-it looks for.
+Streams are bootstrapped from held-out samples, four in five under the reference's class mix and the others under
+a Dirichlet prior each, so that a new class mix is not mistaken for a shift. In sticky traffic a sample repeats the
+one before; in traffic that comes by class, another set of streams has runs of one class. Each chart's threshold is
+the exp(-T/arl) quantile of its maximum over T samples; one common factor then makes all charts together meet
+`arl`, in either set. The histogram of classes is calibrated on the reference's own mix only: to it, another mix is
+what it looks for.
 
 A finite reference knows neither its own tails nor its class centroids: from another draw, the thresholds would
 be a factor off. The outer bootstrap redraws the held-out set, moves the centroids and calibrates as that redraw
@@ -23,9 +23,11 @@ from tta.monitor.charts import CLASS_LAMBDAS, LAMBDAS, Array, Layout, variances
 from tta.monitor.reference import MAX_HELD_OUT, MIN_REFERENCE, Reference
 from tta.monitor.stickiness import Stickiness
 
-N_STREAMS = 800  # half under the natural class mix
+N_STREAMS = 800
+SKEWED = 0.2  # of the streams have a class mix of their own
 N_OUTER = 16  # redraws of the held-out set
 N_OUTER_STREAMS = 160
+N_RUN_STREAMS = 100  # a redraw, where traffic comes by class
 CONFIDENCE = 0.9  # that the run length is at least `arl`, over draws of the reference
 CONFORMAL_SHARE = 0.1  # of all false alarms, left to the conformal detector
 
@@ -104,7 +106,9 @@ def calibrate(
     if arl < 100:
         raise InputError(f"arl {arl:g} is less than 100 samples: nothing can be watched at that rate of alarms")
     share = arl / (1 - CONFORMAL_SHARE)  # the charts' own run length
-    horizon = int(np.clip(share / 16, 50, 2000))
+    # Long enough for some runs, of copies or of a class, to fall within it.
+    runs = 4 * max(stickiness.class_run, 1 / (1 - stickiness.repeat))
+    horizon = int(min(max(share / 16, runs, 50), share, 2000))
     quantile = float(np.exp(-horizon / share))
     rng = np.random.default_rng(seed)
 
@@ -114,16 +118,27 @@ def calibrate(
 
     everything = np.arange(len(w))
     thresholds, class_thresholds = _joint(*peaks(w, everything, N_STREAMS), quantile)
+
+    def redrawn() -> tuple[Array, Array]:
+        rows = rng.choice(everything, len(w))
+        return rows, w - _class_means(w[rows], predictions[rows], len(reference.prior))[predictions]
+
     if stickiness.class_run > 1:
-        in_runs = _largest(*peaks(w, everything, N_STREAMS, in_runs=True), thresholds, class_thresholds)
-        thresholds = thresholds * max(1.0, float(np.quantile(in_runs, quantile)))
+        # A run of one class shows how far off its centroid is: streams of one redraw about centroids of another.
+        factors = []
+        for _ in range(N_STREAMS // N_RUN_STREAMS):
+            in_runs = peaks(redrawn()[1], redrawn()[0], N_RUN_STREAMS, in_runs=True)
+            factors.append(np.quantile(_largest(*in_runs, thresholds, class_thresholds), quantile))
+        thresholds = thresholds * max(1.0, float(np.quantile(factors, CONFIDENCE)))
 
     factors = []
     for _ in range(N_OUTER):
-        rows = rng.choice(everything, len(w))
-        moved = w - _class_means(w[rows], predictions[rows], len(reference.prior))[predictions]
-        theirs = _joint(*peaks(moved, rows, N_OUTER_STREAMS), quantile)
-        factors.append(np.quantile(_largest(*peaks(moved, everything, N_OUTER_STREAMS), *theirs), quantile))
+        rows, moved = redrawn()
+        theirs, own = (
+            np.quantile(_largest(*peaks(moved, r, N_OUTER_STREAMS), thresholds, class_thresholds), quantile)
+            for r in (rows, everything)
+        )
+        factors.append(own / theirs)
     margin = float(max(1.0, np.quantile(factors, CONFIDENCE)))
     thresholds, class_thresholds = thresholds * margin, class_thresholds * margin
 
@@ -201,7 +216,7 @@ def _peaks(
 
 
 class Bootstrap:
-    """Indices of many streams at once: the first half under the natural class mix, the others skewed.
+    """Indices of many streams at once: the first under the natural class mix, the last skewed.
 
     With class runs every stream comes in runs of one class, and none is natural.
     """
@@ -210,7 +225,8 @@ class Bootstrap:
         self, predictions: Array, n_streams: int, stickiness: Stickiness, rng: np.random.Generator
     ) -> None:
         self.n_streams = n_streams
-        self.n_natural = n_streams // 2 if stickiness.class_run <= 1 else 0
+        n_like = n_streams - round(SKEWED * n_streams)
+        self.n_natural = n_like if stickiness.class_run <= 1 else 0
         self._rng = rng
         self._repeat = stickiness.repeat
         self._stay = 1 - 1 / stickiness.class_run
@@ -219,7 +235,7 @@ class Bootstrap:
             predictions[self._order], return_index=True, return_counts=True
         )
         prior = np.tile(self._count / self._count.sum(), (n_streams, 1))
-        prior[n_streams // 2 :] = rng.dirichlet(np.full(len(classes), 0.5), n_streams - n_streams // 2)
+        prior[n_like:] = rng.dirichlet(np.full(len(classes), 0.5), n_streams - n_like)
         self._cumulative = prior.cumsum(axis=1)
         self._cumulative[:, -1] = 1.0
         self._class = self._draw_class()

@@ -297,10 +297,12 @@ class ClassHistogram:
         n = len(c)
         decay, inverse = self._decay[:, :n], self._inverse[c]
         # Σ z²/π after each sample follows from the z of its class before it, term by term.
-        same = c[:, None] == c
         before = self._z[:, c]
         before[:, 1:] *= decay[:, :-1]
-        before[:, 1:] += (self._paths[:, : n - 1, :n] * same[1:]).sum(axis=2)
+        present, place = np.unique(c, return_inverse=True) if len(self.prior) > CHUNK else (self.prior, c)
+        one_hot = np.zeros((n, len(present)))
+        one_hot[np.arange(n), place] = 1.0
+        before[:, 1:] += (self._paths[:, : n - 1, :n] @ one_hot)[:, np.arange(n - 1), place[1:]]
         keep = 1 - self._lambdas
         gained = (2 * self._lambdas * keep * before + self._lambdas**2) * inverse  # (speeds, n)
         sums = decay**2 * np.array(self._sum)[:, None] + (self._sums[:, :n, :n] @ gained[..., None])[..., 0]

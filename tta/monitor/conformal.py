@@ -71,6 +71,12 @@ class ConformalDetector:
         Returns:
             Index of the first sample over the threshold, if any.
         """
+        if len(w) == 1 and (self.stride == 1 or self.n_samples % self.stride == 0):
+            self.n_samples += 1
+            sorted_scores, e_values = self._tables[predictions[0]]
+            score = float(((w * w) @ self._layout.averages).max())
+            self._r = min((self._r + 1.0) * e_values[bisect_left(sorted_scores, score)], LIMIT)
+            return 0 if self._r >= self.arl else None
         first = None
         chosen = range(-self.n_samples % self.stride, len(w), self.stride)
         self.n_samples += len(w)

@@ -7,21 +7,21 @@ import numpy as np
 from tta.monitor.charts import Array
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Samples:
     """Some samples in order.
 
     Attributes:
         w: (n, D) float32 residuals.
         predictions: (n,) predicted classes.
-        confidences: (n,) see `tta.monitor.reference.confidence`.
+        logits: (n, K) of the source model.
         sequences: (n,) place of each in the stream.
         sources: (n,) number of the key it came with; 0 for none.
     """
 
     w: Array
     predictions: Array
-    confidences: Array
+    logits: Array
     sequences: Array
     sources: Array
 
@@ -35,12 +35,12 @@ class Samples:
 class History:
     """Remembers the last `capacity` samples in arrays twice as long, so that reading them copies nothing."""
 
-    def __init__(self, n_features: int, capacity: int) -> None:
+    def __init__(self, n_features: int, n_classes: int, capacity: int) -> None:
         self.capacity = capacity
         self._columns = Samples(
             np.zeros((2 * capacity, n_features), np.float32),
             np.zeros(2 * capacity, np.int64),
-            np.zeros(2 * capacity),
+            np.zeros((2 * capacity, n_classes), np.float32),
             np.zeros(2 * capacity, np.int64),
             np.zeros(2 * capacity, np.int64),
         )

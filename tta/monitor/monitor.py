@@ -15,7 +15,7 @@ from tta.monitor.stickiness import MIN_SAMPLES, Stickiness, measure, nearest
 
 REGIME_SLACK = 3.0  # a regime's own scale is known from a few hundred samples only
 HISTORY = 1024  # samples remembered
-MEASURE_EVERY = 1024  # samples between two measurements of the stickiness
+MEASURE_EVERY = 2048  # samples between two measurements of the stickiness
 MEASURED = 512  # samples it is measured on in passing
 BEFORE = 8  # samples before an alarm's onset that are measured with those since
 HYSTERESIS = 0.1  # of a repeat: thresholds should not change to and fro
@@ -47,7 +47,7 @@ class DriftMonitor:
         self.reference = reference
         self.adaptive = adaptive
         self.wanted: Stickiness | None = None
-        self.history = History(reference.layout.n_features, capacity)
+        self.history = History(reference.layout.n_features, len(reference.prior), capacity)
         self._unmeasured = 0
         self._use(calibration, regime)
 

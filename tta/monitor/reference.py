@@ -5,6 +5,7 @@ class's own covariance where the reference had enough samples of it. So a new cl
 shift moves it as far as it ever did.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -76,7 +77,8 @@ class Reference:
         if features.ndim != 2 or features.shape[1] != d:
             raise InputError(f"expected features of shape (N, {d}), got {features.shape}")
         centred = features.astype(np.float32, copy=False) - self.centroids[predictions]
-        if not np.isfinite(centred).all():
+        # A sum is finite if every number is; one that overflows is refused as well.
+        if not math.isfinite(centred.sum()):
             raise InputError("features hold NaN or infinity")
         if len(self.whiteners) > 1:
             centred = self._whiten(centred, self.whitener_of[predictions])

@@ -1,0 +1,173 @@
+"""Watching through the real daemon: what is worth acting on, sticky traffic, keys, restarts, bad features."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.traffic import status
+from tests.waiting import until
+from tta.bundle import Bundle
+from tta.config import MonitorConfig
+from tta.daemon.library import Library
+from tta.daemon.watch import Watch
+from tta.errors import InputError
+from tta.monitor.calibration import Calibration
+from tta.monitor.regimes import fingerprint
+from tta.packaging.digits import corrupt, digits
+from tta.scenario import DaemonProcess
+from tta.server.predictor import Predictor
+
+
+def send(
+    daemon: DaemonProcess, x: np.ndarray, key: Callable[[int], str | None] = lambda i: None
+) -> dict[str, Any]:
+    """Predict images in messages of four, and wait until the daemon has seen them all; its status then."""
+    before = status(daemon)["samples"]
+    with daemon.client() as client:
+        for start in range(0, len(x), 4):
+            client.predict(x[start : start + 4], key=key(start))
+    return until(lambda: (s := status(daemon)).get("samples") == before + len(x) and s, "all observations")
+
+
+def events(daemon: DaemonProcess) -> list[str]:
+    """Names of what happened, oldest first."""
+    return [e["event"] for e in status(daemon)["events"]]
+
+
+def test_a_shift_that_costs_nothing_is_a_notice(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """Slightly brighter digits alarm and are weighed; nobody is asked for labels, and they become a regime."""
+    daemon = start_daemon()
+    x, _ = digits("stream", 700, seed=41)
+    brighter = np.minimum(x.astype(np.int64) + 14, 255).astype(np.uint8)
+
+    send(daemon, x[:100])
+    send(daemon, brighter[100:])
+
+    found = until(lambda: (s := status(daemon))["state"] == "stable" and s["regime"] and s, "a harmless regime")
+    assert {"alarm", "notice", "harmless"} <= set(events(daemon))
+    assert "actionable" not in events(daemon)
+    assert found["version"] == 0
+    assert found["processes"]["adapter"]["pid"] is None
+
+
+def test_a_shift_that_costs_accuracy_is_actionable_without_a_label(
+    start_daemon: Callable[..., DaemonProcess],
+) -> None:
+    """Noise is told from the model's own confidence: it is diagnosed, and labels are wanted."""
+    daemon = start_daemon()
+    x, _ = digits("stream", 300, seed=42)
+
+    send(daemon, x[:100])
+    send(daemon, corrupt(x[100:], "noise", 1))
+
+    found = until(lambda: (s := status(daemon))["shift"] and s["shift"]["actionable"] and s, "a verdict")
+    diagnosis = found["shift"]["diagnosis"]
+    assert found["shift"]["kind"] == diagnosis["kind"] == "input"
+    assert diagnosis["block"] == "block1"
+    assert diagnosis["confidence"] > 0.8
+    assert diagnosis["channels"]
+    assert found["predicted_accuracy"] < 0.9
+    assert found["shift"]["labels_wanted"] > 0
+
+
+def test_copies_in_a_row_are_not_taken_for_drift(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """Every picture shown ten times raises no alarm: the stickiness is measured and the thresholds follow."""
+    daemon = start_daemon()
+    x, _ = digits("stream", 60, seed=43)
+
+    send(daemon, np.repeat(x, 10, axis=0))
+
+    until(lambda: status(daemon)["stickiness"]["repeat"] >= 0.65, "thresholds for sticky traffic")
+    send(daemon, np.repeat(x, 10, axis=0))
+    assert "alarm" not in events(daemon)
+    assert "recalibrated" in events(daemon)
+    assert len(list((daemon.folder / "state" / "calibrations").glob("*.safetensors"))) >= 1
+
+
+def test_one_camera_s_shift_is_named(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """Of four cameras one turns noisy: the shift is hers, and home is not recognised in the others' traffic."""
+    daemon = start_daemon()
+    x, _ = digits("stream", 800, seed=44)
+    cameras = ("north", "east", "south", "west")
+
+    def camera(start: int) -> str:
+        return cameras[start // 4 % 4]
+
+    send(daemon, x[:160], camera)
+    noisy = x[160:].copy()
+    mine = np.arange(len(noisy)) // 4 % 4 == 2
+    noisy[mine] = corrupt(noisy[mine], "noise", 2)
+    send(daemon, noisy, camera)
+
+    found = until(lambda: (s := status(daemon))["shift"] and s["shift"]["kind"] and s, "a diagnosis")
+    assert found["shift"]["keys"] == ["south"]
+    assert "quiet" not in events(daemon)
+
+
+def test_a_key_too_long_is_refused(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """A key of 65 characters is refused by name, and the next request is answered."""
+    daemon = start_daemon()
+    x, _ = digits("stream", 1, seed=45)
+    with daemon.client() as client:
+        with pytest.raises(InputError, match="key"):
+            client.predict(x, key="k" * 65)
+        assert len(client.predict(x, key="k" * 64).logits) == 1
+
+
+def test_the_charts_survive_kill_9(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """A daemon killed and started again goes on with the charts it had saved, and says what it expects a day."""
+    daemon = start_daemon()
+    x, _ = digits("stream", 200, seed=46)
+    send(daemon, x)
+    saved = daemon.folder / "state" / "watch.safetensors"
+    first = saved.stat().st_mtime_ns if saved.exists() else 0
+    until(lambda: saved.exists() and saved.stat().st_mtime_ns > first, "the next save")
+    before = status(daemon)
+    assert before["false_alarms_per_day"] > 0
+    assert before["realised_arl"] > before["arl"] / 2
+
+    assert daemon.process is not None
+    daemon.process.send_signal(signal.SIGKILL)
+    daemon.process.wait()
+    daemon.start()
+
+    after = status(daemon)
+    assert after["charts_samples"] == before["charts_samples"] == 200
+    assert after["drift"] == before["drift"]
+
+
+@pytest.fixture
+def watch(bundle: Bundle, tmp_path: Path) -> Watch:
+    """The daemon's monitor, without the daemon."""
+    home = fingerprint(bundle.reference["w"], bundle.reference["predictions"])
+    library = Library(tmp_path, home, bundle.manifest.reference_accuracy, 8)
+    return Watch(bundle, Calibration.load(bundle.reference), MonitorConfig(), library)
+
+
+def test_samples_that_are_not_finite_are_left_out_and_counted(bundle: Bundle, watch: Watch) -> None:
+    """Of a batch with NaN and infinity in two samples, the others are watched."""
+    predictor = Predictor(bundle, "cpu", 1)
+    predictor.activate(predictor.prepare())
+    result = predictor.run(digits("stream", 16, seed=47)[0])
+    features, logits = result.features.copy(), result.logits.copy()
+    features[3, 5], logits[9, 0] = np.nan, np.inf
+
+    watch.features(range(16), features, logits, np.zeros(16, np.int64))
+
+    assert watch.n_refused == 2
+    assert watch.monitor.history.newest(16).sequences.tolist() == [i for i in range(16) if i not in (3, 9)]
+    assert np.isfinite(watch.monitor.charts.statistic).all()
+
+
+def test_the_residual_test_tells_a_change_of_meaning(watch: Watch) -> None:
+    """Errors the model was sure of alarm in both tests; as many that it was unsure of, in the error test alone."""
+    found = {}
+    for what, confidence in (("sure", -0.0001), ("unsure", -1.5)):
+        watch.enter(watch.regime, 0)
+        assert any(watch.label(i, i % 2 == 0, confidence) for i in range(1, 40))
+        found[what] = (watch.errors.statistic > 1, watch.residuals.statistic > 1)
+    assert found == {"sure": (True, True), "unsure": (True, False)}
