@@ -140,6 +140,43 @@ def test_the_charts_survive_kill_9(start_daemon: Callable[..., DaemonProcess]) -
     assert after["drift"] == before["drift"]
 
 
+def test_a_regime_of_one_camera_is_hers_alone(bundle: Bundle, watch: Watch) -> None:
+    """In a regime of one camera hers is quiet, the others are watched against home, and it is recognised."""
+    predictor = Predictor(bundle, "cpu", 1)
+    predictor.activate(predictor.prepare())
+    x, _ = digits("stream", 1200, seed=49)
+    noisy = corrupt(x, "noise", 3)
+    mine, other = watch.sources.number("south"), watch.sources.number("north")
+    quiet, moved = predictor.run(x[:600]), predictor.run(noisy[:600])
+    later, moved_later = predictor.run(x[600:]), predictor.run(noisy[600:])
+
+    def feed(first: int, south: Any, north: Any) -> list[Any]:
+        found = []
+        for i in range(0, 600, 4):
+            for source, result in ((mine, south), (other, north)):
+                places, rows = range(first + 2 * i, first + 2 * i + 4), slice(i, i + 4)
+                sources = np.full(4, source)
+                found.append(watch.features(places, result.features[rows], result.logits[rows], sources))
+        return [f for f in found if f is not None]
+
+    watch.look_from(0)
+    feed(0, moved, quiet)
+    assert watch.find_keys() == ("south",)
+    shape = watch.fingerprint()
+    regime = watch.library.add(1, "input", 0.8, shape, 0, watch.keys)
+    watch.enter(regime, 2000)
+    assert feed(2000, moved_later, later) == []
+    assert watch.recognised() is None  # one look is not enough
+    feed(4000, moved_later, later)
+    found = watch.recognised()
+    assert found is not None
+    assert found.number == regime.number
+
+    alarms = feed(6000, moved_later, moved)
+    assert alarms
+    assert alarms[0].elsewhere
+
+
 @pytest.fixture
 def watch(bundle: Bundle, tmp_path: Path) -> Watch:
     """The daemon's monitor, without the daemon."""

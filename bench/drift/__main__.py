@@ -44,7 +44,14 @@ def code_hash(*paths: str) -> str:
     return digest.hexdigest()
 
 
-MONITOR = code_hash("tta/monitor", "tta/packaging/reference.py", "bench/corruptions.py", "bench/drift/data.py")
+INPUTS = ("tta/packaging/reference.py", "bench/corruptions.py", "bench/drift/data.py", "bench/drift/parts.py")
+MONITOR = code_hash("tta/monitor", *INPUTS)
+# What the vectorised detectors rest on; the rest of the monitor does not touch them.
+CHARTS = code_hash(
+    *(f"tta/monitor/{name}.py" for name in ("reference", "charts", "calibration", "stickiness")),
+    "bench/drift/detectors.py",
+    *INPUTS,
+)
 
 
 def cached(name: str, settings: object, code: str, compute: Callable[[], Any]) -> Any:
@@ -131,6 +138,30 @@ def peer_results(pythons: list[str], draws: dict[int, Draw]) -> dict[str, Any]:
     return found
 
 
+def measure_delays(draws: dict[int, Draw], arl: int, n_draws: int) -> tuple[list[Any], list[Any]]:
+    """Common thresholds and delays of every detector, by draw; fewer draws at the longer run lengths."""
+    common, delays = [], []
+    for seed in range(min(n_draws, 3 if arl <= 1000 else 2)):
+        draw = draws[seed]
+        thresholds = cached(
+            "common", [arl, seed], CHARTS, lambda d=draw, s=seed: parts.common_thresholds(d, arl, s)
+        )
+        common.append(thresholds)
+        delays.append(
+            {
+                shift: cached(
+                    "delays",
+                    [arl, seed, shift],
+                    CHARTS,
+                    lambda d=draw, s=seed, name=shift, t=thresholds: parts.delays(d, arl, s, name, t),
+                )
+                for shift in (*parts.SHIFTS, *parts.OTHER_SHIFTS)
+            }
+        )
+        draw._pools.clear()
+    return common, delays
+
+
 def main() -> int:
     """Run everything that is not cached, then write the report."""
     parser = argparse.ArgumentParser(prog="python -m bench.drift", description=__doc__.splitlines()[0])
@@ -140,6 +171,7 @@ def main() -> int:
         "--arl", type=int, action="append", help="run lengths to measure; default 1,000 and 10,000"
     )
     parser.add_argument("--peers-only", action="store_true", help="run the libraries, and nothing else")
+    parser.add_argument("--delays-only", action="store_true", help="measure delays, and nothing else")
     parser.add_argument(
         "--quick", action="store_true", help="one draw, ARL 1,000, no peers: a look at what changed"
     )
@@ -150,8 +182,13 @@ def main() -> int:
     if arguments.peers_only:
         peer_results(arguments.peers, draws)
         return 0
-    code = MONITOR + code_hash("bench/drift/parts.py", "bench/drift/detectors.py")
+    code = MONITOR
     found: dict[str, Any] = {"arl": {}, "common": {}, "delays": {}, "diagnosis": [], "recall": [], "slow": []}
+    lengths = (1000,) if arguments.quick else arguments.arl or (1000, 10_000)
+    for arl in lengths:
+        found["common"][str(arl)], found["delays"][str(arl)] = measure_delays(draws, arl, n_draws)
+    if arguments.delays_only:
+        return 0
     found["cost"] = cached("cost", 0, code, lambda: parts.cost(draws[0]))
     found["calibration_s"] = cached("calibration", 0, code, lambda: parts.calibration_cost(draws[0]))
     for seed in range(n_draws):
@@ -159,31 +196,11 @@ def main() -> int:
         found["diagnosis"].append(cached("diagnosis", seed, code, lambda d=draw, s=seed: parts.diagnosis(d, s)))
         found["slow"].append(cached("slow tier", seed, code, lambda d=draw, s=seed: parts.slow_tier(d, s)))
         found["recall"].append(cached("recall", seed, code, lambda d=draw, s=seed: parts.recall(d, s)))
-    for arl in (1000,) if arguments.quick else arguments.arl or (1000, 10_000):
+    for arl in lengths:
         found["arl"][str(arl)] = [
             cached("run lengths", [arl, seed], code, lambda d=draws[seed], a=arl: parts.null_run_lengths(d, a))
             for seed in range(n_draws)
         ]
-        by_draw = []
-        for seed in range(min(n_draws, 3 if arl == 1000 else 2)):
-            draw = draws[seed]
-            thresholds = cached(
-                "common", [arl, seed], code, lambda d=draw, a=arl, s=seed: parts.common_thresholds(d, a, s)
-            )
-            found["common"].setdefault(str(arl), []).append(thresholds)
-            by_draw.append(
-                {
-                    shift: cached(
-                        "delays",
-                        [arl, seed, shift],
-                        code,
-                        lambda d=draw, a=arl, s=seed, name=shift, t=thresholds: parts.delays(d, a, s, name, t),
-                    )
-                    for shift in (*parts.SHIFTS, *parts.OTHER_SHIFTS)
-                }
-            )
-            draw._pools.clear()
-        found["delays"][str(arl)] = by_draw
     found["peers"] = {} if arguments.quick else peer_results(arguments.peers, draws)
     report.write(found, RESULTS, "python -m bench.drift " + " ".join(sys.argv[1:]), _folder())
     return 0

@@ -30,9 +30,41 @@ ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
     (
         "Is it drifting?",
         [
-            ("Drift over threshold, by block", "none", [("tta_drift_statistic", "{{block}}")]),
+            (
+                "Drift over threshold, by block",
+                "none",
+                [
+                    ("tta_drift_statistic", "{{block}}"),
+                    ("tta_class_statistic", "predicted classes"),
+                    ("tta_conformal_statistic", "slow tier"),
+                ],
+            ),
             ("Labelled errors over threshold", "none", [("tta_label_statistic", "errors")]),
             ("Regime (0 is home)", "none", [("tta_regime", "regime")]),
+        ],
+    ),
+    (
+        "Can its alarms be trusted?",
+        [
+            (
+                "Expected false alarms a day",
+                "none",
+                [("tta_expected_false_alarms_per_day", "at the present rate")],
+            ),
+            (
+                "Alarms and notices",
+                "short",
+                [("tta_alarms_total", "alarm: {{cause}}"), ("tta_notices_total", "notice: {{kind}}")],
+            ),
+            (
+                "Stickiness, and samples left out",
+                "none",
+                [
+                    ("tta_stickiness", "chance of a repeat"),
+                    ("rate(tta_samples_thinned_total[1m])", "of chatty keys, a second"),
+                    ("rate(tta_features_refused_total[1m])", "not finite, a second"),
+                ],
+            ),
         ],
     ),
     (
@@ -53,7 +85,11 @@ ROWS: list[tuple[str, list[tuple[str, str, list[tuple[str, str]]]]]] = [
     (
         "Did it help?",
         [
-            ("Accuracy on the last labels", "percentunit", [("tta_labelled_accuracy", "{{model}}")]),
+            (
+                "Accuracy on the last labels",
+                "percentunit",
+                [("tta_labelled_accuracy", "{{model}}"), ("tta_predicted_accuracy", "source, by its confidence")],
+            ),
             ("Labels received", "short", [("tta_labels_total", "{{outcome}}")]),
             ("Labels still wanted", "short", [("tta_labels_wanted", "wanted")]),
         ],

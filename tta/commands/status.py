@@ -12,6 +12,10 @@ WIDTH = 78  # characters of an event's line
 DETAILS = (  # of an event, worth a person's glance; the log has all
     "cause",
     "kind",
+    "confidence",
+    "effect",
+    "predicted_loss",
+    "keys",
     "onset",
     "labels",
     "errors",
@@ -50,11 +54,14 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
     lines = [f"{now['name']}: {state}, version {now['version']}, regime {now['regime']}, mode {now['mode']}"]
     shift = now["shift"]
     if shift:
+        worth = {None: "being weighed", True: "worth acting on", False: "no reason to act"}[shift["actionable"]]
         lines.append(
-            f"  shift      {shift['kind'] or 'not diagnosed yet'}, found by {shift['cause']}, "
+            f"  shift      {shift['kind'] or 'not diagnosed yet'}, found by {shift['cause']}, {worth}, "
             f"{shift['labels']} of {shift['labels_wanted']} labels"
+            + (f", only {', '.join(shift['keys'])}" if shift["keys"] else "")
             + (f", version {shift['proposal']} waits for `tta approve`" if shift["proposal"] else "")
         )
+        lines += _diagnosis_lines(shift["diagnosis"])
     if now["adapter"]:
         a = now["adapter"]
         lines.append(f"  adapter    {a['stage']} {a['done']} of {a['total']}")
@@ -62,8 +69,19 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
         filled = min(BAR, round(value * BAR / 2))
         bar = "█" * filled + "·" * (BAR - filled)
         lines.append(f"  drift      {name:<8} {bar} {value:7.2f}{'  over' if value > 1 else ''}")
+    if now["class_statistic"] > 1:
+        lines.append(
+            f"  classes    {now['class_statistic']:.1f} times the threshold: another mix of predicted classes"
+        )
+    lines.append(
+        f"  watching   one false alarm in {now['arl']:,.0f} samples wanted, {now['realised_arl']:,} estimated: "
+        f"{now['false_alarms_per_day']:.2g} a day at {now['images_per_s']:.3g} images/s"
+    )
     accuracy = ", ".join(f"{model} {100 * value:.0f} %" for model, value in now["accuracy"].items())
-    lines.append(f"  labelled   {accuracy or 'no labels yet'} ({now['labels_buffered']} labels on disk)")
+    lines.append(
+        f"  accuracy   {accuracy or 'no labels yet'} ({now['labels_buffered']} labels on disk); "
+        f"the source's by its confidence {100 * now['predicted_accuracy']:.0f} %"
+    )
     up = ", ".join(
         f"{name} {'up' if p['ready'] else 'idle' if p['pid'] is None else 'starting'}"
         + (f" (restarted {p['restarts']}×)" if p["restarts"] else "")
@@ -72,6 +90,17 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
     lines.append(f"  processes  {up}")
     lines += ["  " + describe(event) for event in now["events"][-events:]] if events else []
     return lines
+
+
+def _diagnosis_lines(diagnosis: dict[str, Any] | None) -> list[str]:
+    """How sure the kind is, how far it went, and where it shows most."""
+    if not diagnosis:
+        return []
+    channels = "; ".join(diagnosis["channels"][:2])
+    return [
+        f"             {100 * diagnosis['confidence']:.0f} % sure, {diagnosis['effect']:.1f} standard deviations, "
+        f"depth {100 * diagnosis['depth']:.0f} %" + (f"; {channels}" if channels else "")
+    ]
 
 
 def describe(event: dict[str, Any]) -> str:
@@ -83,7 +112,7 @@ def describe(event: dict[str, Any]) -> str:
     separator = " "
     for key in DETAILS:
         value = event.get(key)
-        if value in ("", None):
+        if value in ("", None, []):
             continue
         shown = f"{value:.3g}" if isinstance(value, float) else str(value)
         part = f"{separator}{key} {shown}"

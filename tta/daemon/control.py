@@ -269,7 +269,7 @@ class Control:
                 "keys": list(case.keys),
                 "diagnosis": asdict(found) if found is not None else None,
                 "labels": self.labels.count(case.onset),
-                "labels_wanted": case.wanted,
+                "labels_wanted": 0 if case.actionable is False else case.wanted,
                 "proposal": case.proposal,
             }
             if in_case

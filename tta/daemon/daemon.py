@@ -371,7 +371,7 @@ class Daemon:
             self.metrics.features_refused.inc(watch.n_refused - refused)
             self.log.warning("features_refused", n=watch.n_refused - refused, error="NaN or infinity in features")
         if found is not None:
-            treatment.alarm(*found)
+            treatment.alarm(found)
         treatment.look()
 
     def _recalibrate(self) -> None:
@@ -389,7 +389,7 @@ class Daemon:
         treatment.record("recalibrated", **vars(stickiness))
         found = treatment.watch.recalibrated(calibration)
         if found is not None:
-            treatment.alarm(*found)
+            treatment.alarm(found)
 
     def _watch_through_shadow(self, sequences: range, x: Array, sources: Array) -> None:
         """Another version serves: the source's features come from the shadow, as far as it has time."""
@@ -492,7 +492,9 @@ class Daemon:
         m.false_alarms.set(treatment.rate * 86400 / watch.arl)
         m.predicted_accuracy.set(watch.predicted_loss().accuracy)
         m.labels_buffered.set(len(self.labels))
-        wanted = treatment.case.wanted - self.labels.count(treatment.case.onset) if treatment.case.cause else 0
+        wanted = (
+            treatment.case.wanted - self.labels.count(treatment.case.onset) if treatment.case.actionable else 0
+        )
         m.labels_wanted.set(max(0, wanted))
         m.ledger_bytes.set(self.ledger.n_bytes)
         for process in self.processes:

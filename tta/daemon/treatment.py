@@ -23,7 +23,7 @@ from tta.daemon.metrics import Metrics
 from tta.daemon.operation import Conclusion, Operation, arrays_of
 from tta.daemon.processes import Logger
 from tta.daemon.store import Store
-from tta.daemon.watch import Watch
+from tta.daemon.watch import Finding, Watch
 from tta.errors import NotFoundError, PreconditionError
 from tta.monitor.accuracy import PairedTest, binomial_tail
 from tta.monitor.charts import Alarm
@@ -230,15 +230,18 @@ class Treatment:
 
     # -- findings ---------------------------------------------------------------------------------------
 
-    def alarm(self, alarm: Alarm, sequence: int) -> None:
-        """A chart crossed its threshold at `sequence`."""
+    def alarm(self, found: Finding) -> None:
+        """A chart crossed its threshold."""
+        alarm, sequence = found.alarm, found.sequence
         if self.cycle.state is State.DRIFTED and self.case.cause in ("labels", "operator"):
             self.case.cause = "charts"  # it is not only the output
             self.watch.look_from(sequence)
         if self.cycle.state is not State.STABLE or self._suspicion is not None or self.swapping:
             return
         self._suspicion = (alarm, sequence)
-        if self.regime.number == HOME:
+        if found.elsewhere:  # what was one camera's shift is no longer one camera's only
+            self.watch.expect(self.library.regimes[HOME])
+        if found.elsewhere or self.regime.number == HOME:
             self._raise_suspicion()
         else:
             # A cured shift most often ends by going home, which is no alarm: look where the traffic went first.
@@ -282,10 +285,11 @@ class Treatment:
         if case.cause != "charts" or self.regime.number != HOME:
             self._act_on_it(cause=case.cause)  # labels or the operator say so, or a cured shift has moved on
             return
-        n = self.watch.n_since()
+        if self.watch.n_since() >= WINDOW:
+            case.keys = self.watch.find_keys()
+        n = self.watch.n_since()  # of those keys
         if n < WINDOW:
             return
-        case.keys = self.watch.find_keys()
         self.diagnosis, loss = self.watch.diagnose(errors_up=False), self.watch.predicted_loss()
         case.kind = self.diagnosis.kind
         accepted = self.config.monitor.accepted_loss

@@ -25,6 +25,21 @@ from tta.monitor.sources import Sources
 
 CHECK_EVERY = 16  # samples between two looks at which regime this is
 AGREEING_CHECKS = 2  # looks in a row that must agree
+OTHERS = 64  # samples the charts of other keys remember
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An alarm.
+
+    Attributes:
+        sequence: place of its sample in the stream.
+        elsewhere: it was raised by traffic that the present regime, being one of other keys, says nothing of.
+    """
+
+    alarm: Alarm
+    sequence: int
+    elsewhere: bool
 
 
 @dataclass(frozen=True)
@@ -67,14 +82,23 @@ class Watch:
     def enter(self, regime: Regime, sequence: int) -> None:
         """Watch traffic as being in `regime` from `sequence` on."""
         self.regime = regime
-        at_home = regime.number == HOME or regime.fingerprint is None
-        self.monitor.enter(None if at_home else regime.fingerprint)
+        self.expect(regime)
         null = 1 - regime.accuracy + self.config.error_tolerance
         # Two tests share the bound.
         self.errors = ErrorDetector(null, 2 * self.config.label_arl)
         self.residuals = ErrorDetector(null, 2 * self.config.label_arl)
         self._error_sequences: deque[int] = deque(maxlen=512)
         self.look_from(sequence)
+
+    def expect(self, regime: Regime) -> None:
+        """Let the charts compare with a regime: its own keys with its fingerprint, all others with home."""
+        at_home = regime.number == HOME or regime.fingerprint is None
+        mine = np.array([self.sources.number(key) for key in regime.keys]) if regime.keys else None
+        self.monitor.enter(None if at_home else regime.fingerprint, mine)
+        self._others = None
+        if mine is not None:
+            self._others = DriftMonitor(self.reference, self.monitor.calibration, adaptive=False, capacity=OTHERS)
+            self._others.enter(None, mine, others=True)
 
     def look_from(self, sequence: int) -> None:
         """Recognise regimes only from samples at or after `sequence`."""
@@ -88,9 +112,7 @@ class Watch:
         """Samples between two false alarms."""
         return self.monitor.calibration.arl
 
-    def features(
-        self, sequences: Sequence[int], features: Array, logits: Array, sources: Array
-    ) -> tuple[Alarm, int] | None:
+    def features(self, sequences: Sequence[int], features: Array, logits: Array, sources: Array) -> Finding | None:
         """Take source features of observed samples in order.
 
         Samples that are not finite are refused and counted, and what is too much from one key is left out.
@@ -102,7 +124,7 @@ class Watch:
             sources: (N,) key numbers, see `Sources.number`.
 
         Returns:
-            The first alarm among them and its sample's place in the stream.
+            The first alarm among them.
 
         Raises:
             InputError: features of another length; nothing is changed.
@@ -121,15 +143,23 @@ class Watch:
         predictions = logits.argmax(axis=1)
         w = self.reference.residuals(features, predictions)
         self._unchecked += len(w)
-        alarm = self.monitor.update(Samples(w, predictions, logits, places, sources))
-        return None if alarm is None else (alarm, int(places[alarm.index]))
+        samples = Samples(w, predictions, logits, places, sources)
+        alarm = self.monitor.update(samples)
+        if alarm is not None:
+            return Finding(alarm, int(places[alarm.index]), False)
+        alarm = self._others.update(samples) if self._others is not None else None
+        return None if alarm is None else Finding(alarm, int(places[alarm.index]), True)
 
-    def recalibrated(self, calibration: Calibration) -> tuple[Alarm, int] | None:
-        """Go on with other thresholds; an alarm that remembered samples raise with them, and its place."""
+    def recalibrated(self, calibration: Calibration) -> Finding | None:
+        """Go on with other thresholds.
+
+        Returns:
+            The alarm that remembered samples raise with them, if any.
+        """
         alarm = self.monitor.recalibrated(calibration)
         if alarm is None:
             return None
-        return alarm, int(self.monitor.history.newest(1 - alarm.index).sequences[0])
+        return Finding(alarm, int(self.monitor.history.newest(1 - alarm.index).sequences[0]), False)
 
     def recognised(self) -> Regime | None:
         """The regime of the last samples, once two looks in a row agree on one."""
@@ -154,8 +184,9 @@ class Watch:
         for regime in self.library.regimes.values():
             keys = regime.keys or self.keys
             window = self.sources.of(every, keys)[-WINDOW:]
-            # Home on average is not home if one camera has shifted.
-            if regime.fingerprint is not None and len(window) == WINDOW and (keys or not astray):
+            # Home on average is not home if one camera has shifted: whom the regime does not name is at home.
+            named = set(astray) <= set(keys)
+            if regime.fingerprint is not None and len(window) == WINDOW and named:
                 regimes.append(regime)
                 candidates.append((regime.fingerprint, window.w))
         found = recognise(candidates, inflation)

@@ -49,6 +49,8 @@ class DriftMonitor:
         self.wanted: Stickiness | None = None
         self.history = History(reference.layout.n_features, len(reference.prior), capacity)
         self._unmeasured = 0
+        self._sources: Array | None = None
+        self._others = False
         self._use(calibration, regime)
 
     def _use(self, calibration: Calibration, regime: Fingerprint | None) -> None:
@@ -66,8 +68,15 @@ class DriftMonitor:
         )
         self.n_samples = 0
 
-    def enter(self, regime: Fingerprint | None) -> None:
-        """Watch another regime from now on."""
+    def enter(self, regime: Fingerprint | None, sources: Array | None = None, others: bool = False) -> None:
+        """Watch another regime from now on.
+
+        Args:
+            regime: what the traffic should look like; the reference by default.
+            sources: key numbers the charts judge; all by default. The history remembers every sample.
+            others: judge all but these.
+        """
+        self._sources, self._others = sources, others
         self._use(self.calibration, regime)
 
     def reset(self) -> None:
@@ -88,7 +97,7 @@ class DriftMonitor:
         self.history.append(samples)
         n = len(samples)
         self._unmeasured += n
-        alarm = self._judge(samples.w, samples.predictions)
+        alarm = self._judge(samples)
         if not self.adaptive:
             return alarm
         if alarm is not None and len(self.history) < MIN_SAMPLES:
@@ -100,9 +109,16 @@ class DriftMonitor:
             self._measure(MEASURED, upwards=False)
         return None if self.wanted is not None and not self.calibration.stickiness.covers(self.wanted) else alarm
 
-    def _judge(self, w: Array, predictions: Array) -> Alarm | None:
+    def _judge(self, samples: Samples) -> Alarm | None:
+        self.n_samples += len(samples)
+        if self._sources is None:
+            return self._chart(samples.w, samples.predictions)
+        mine = np.flatnonzero(np.isin(samples.sources, self._sources, invert=self._others))
+        alarm = self._chart(samples.w[mine], samples.predictions[mine]) if len(mine) else None
+        return None if alarm is None else replace(alarm, index=int(mine[alarm.index]))
+
+    def _chart(self, w: Array, predictions: Array) -> Alarm | None:
         alarm = self.charts.update(w)
-        self.n_samples += len(w)
         if self.regime is None:
             self.classes.update(predictions)
             index = self.conformal.update(w, predictions)
@@ -140,8 +156,7 @@ class DriftMonitor:
         if not stickier or not n:
             self.load_state(state)
             return None
-        recent = self.history.newest(n)
-        alarm = self._judge(recent.w, recent.predictions)
+        alarm = self._judge(self.history.newest(n))
         return None if alarm is None else replace(alarm, index=alarm.index + 1 - n)
 
     def state(self) -> dict[str, Array]:
