@@ -85,6 +85,10 @@ def test_copies_in_a_row_are_not_taken_for_drift(start_daemon: Callable[..., Dae
     send(daemon, np.repeat(x, 10, axis=0))
     assert "alarm" not in events(daemon)
     assert "recalibrated" in events(daemon)
+    repeat = status(daemon)["stickiness"]["repeat"]
+    daemon.stop()
+    daemon.start()
+    assert status(daemon)["stickiness"]["repeat"] == repeat  # what was measured is not forgotten
     assert len(list((daemon.folder / "state" / "calibrations").glob("*.safetensors"))) >= 1
 
 

@@ -7,6 +7,7 @@ run goes on where it stopped, and a change of the monitor measures the monitor a
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -23,7 +24,8 @@ import numpy as np
 
 from bench.cifar import CACHE
 from bench.drift import parts, report
-from bench.drift.data import Draw, _folder, prepare
+from bench.drift.data import Draw, prepare
+from tta.packaging.reference import Whitening, fit_whitening
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -50,7 +52,18 @@ MONITOR = code_hash("tta/monitor", *INPUTS)
 CHARTS = code_hash(
     *(f"tta/monitor/{name}.py" for name in ("reference", "charts", "calibration", "stickiness")),
     "bench/drift/detectors.py",
-    *INPUTS,
+    "bench/drift/data.py",
+    "bench/corruptions.py",
+) + "".join(
+    inspect.getsource(f)
+    for f in (
+        fit_whitening,
+        Whitening,
+        parts.delays,
+        parts.common_thresholds,
+        parts.null_statistics,
+        parts._statistics,
+    )
 )
 
 
@@ -176,6 +189,7 @@ def main() -> int:
         "--quick", action="store_true", help="one draw, ARL 1,000, no peers: a look at what changed"
     )
     arguments = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     n_draws = 1 if arguments.quick else arguments.draws
     prepare(lambda what: print(what, flush=True))
     draws = {seed: Draw(seed) for seed in range(max(n_draws, PEER_DRAWS if not arguments.quick else 1))}
@@ -202,7 +216,8 @@ def main() -> int:
             for seed in range(n_draws)
         ]
     found["peers"] = {} if arguments.quick else peer_results(arguments.peers, draws)
-    report.write(found, RESULTS, "python -m bench.drift " + " ".join(sys.argv[1:]), _folder())
+    command = "python -m bench.drift" + " --peers PYTHON" * len(arguments.peers) + " --quick" * arguments.quick
+    report.write(found, RESULTS, command, commit)
     return 0
 
 

@@ -43,7 +43,14 @@ OTHER_SHIFTS = (
     "gaussian_noise 5 ramp 500",
     "contrast 5 ramp 500",
 )
-FITTED_ON = ("gaussian_noise", "shot_noise", "defocus_blur", "contrast", "brightness")  # or like what was
+FITTED_ON = (
+    "gaussian_noise",
+    "shot_noise",
+    "defocus_blur",
+    "contrast",
+    "brightness",
+    "pixelate",
+)  # or like what was
 
 
 def samples_of(pool: Pool, rows: Array, first: int = 0) -> Samples:
@@ -97,7 +104,6 @@ def null_run_lengths(draw: Draw, arl: int, n_streams: int = 40) -> Json:
                 continue
             known = nearest(1 - 1 / float(number), 1) if name == "sticky" else Stickiness(0.0, int(number or 1))
             exposure = alarms = 0
-            histogram = 0
             ends: Counter[str] = Counter()
             for seed in range(n_streams):
                 rng = np.random.default_rng([seed, arl])
@@ -106,7 +112,6 @@ def null_run_lengths(draw: Draw, arl: int, n_streams: int = 40) -> Json:
                 alarm = calibrated.watch(monitor, stream)
                 exposure += len(stream) if alarm is None else alarm[0] + 1
                 alarms += alarm is not None
-                histogram += monitor.classes.drift_detected
                 ends[f"{monitor.calibration.stickiness.repeat:g}/{monitor.calibration.stickiness.class_run}"] += 1
             label = f"{kind} {ANNOUNCED}" if announced else kind
             found[label] = {"exposure": exposure, "alarms": alarms, "ends": dict(ends.most_common(3))}
@@ -232,7 +237,7 @@ def _delays(values: Array, threshold: float) -> list[int]:
 
 def diagnosis(draw: Draw, seed: int, windows: tuple[int, ...] = (16, 48, 128), n_streams: int = 12) -> Json:
     """Confusion counts by window after the alarm of the whole monitor at ARL 20,000."""
-    from bench.drift.data import _taps, images, labels  # the cut is fitted as packaging does it
+    from bench.drift.data import _taps, images  # the cut is fitted as packaging does it
     from tta.packaging.reference import corruptions, populations, raw_features
 
     calibrated, clean = Calibrated(draw, 20_000), draw.pool()
@@ -250,7 +255,6 @@ def diagnosis(draw: Draw, seed: int, windows: tuple[int, ...] = (16, 48, 128), n
     counts: Json = {str(w): {kind: Counter() for kind in cases} for w in windows}
     silent: Counter[str] = Counter()
     rng = np.random.default_rng([seed, 3])
-    del labels
     for kind, shifts in cases.items():
         for shift in shifts:
             for _ in range(max(1, n_streams * 30 // len(shifts) // 12)):

@@ -3,7 +3,6 @@
 import datetime
 import json
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,8 @@ def peers_pooled(results: list[Json]) -> Json:
     }
 
 
-def write(found: Json, folder: Path, command: str, cache: Path) -> None:
+def write(found: Json, folder: Path, command: str, commit: str) -> None:
     """Write drift.json, drift.md and drift.png."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     data: Json = {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
@@ -101,10 +99,87 @@ def write(found: Json, folder: Path, command: str, cache: Path) -> None:
         "peers": {name: peers_pooled(results) for name, results in found["peers"].items()},
     }
     folder.mkdir(exist_ok=True)
-    (folder / "drift.json").write_text(json.dumps(data, indent=1))
+    lines = json.dumps(dict.fromkeys(data, "\x00"), indent=0)
+    for value in data.values():  # one line a measurement
+        lines = lines.replace('"\\u0000"', json.dumps(_rounded(value)), 1)
+    (folder / "drift.json").write_text(lines + "\n")
     (folder / "drift.md").write_text("\n".join(_tables(data)) + "\n")
+    (folder / "drift_summary.md").write_text("\n".join(_summary(data)) + "\n")
     _picture(data, folder / "drift.png")
     print("\n".join(_tables(data)))
+
+
+def _rounded(value: Any) -> Any:
+    """The same with four significant digits."""
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _summary(data: Json) -> list[str]:
+    """The table of the README."""
+    arl = max(data["delays"], key=int)
+    detectors = data["delays"][arl]
+    last = {n: d["mean"] for n, d in detectors.items() if n.endswith("| last") or n == "EWMA | entropy"}
+    same = {n: d["mean"] for n, d in detectors.items() if n.endswith("| ours") and not n.startswith("tta")}
+    ours = detectors[OURS]
+    rows = [
+        (
+            f"mean delay, 15 corruptions, severities 3–5, at one false alarm in {int(arl):,}",
+            f"{_number(ours['mean'])} samples (median {_number(ours['median'])}, 90 % {_number(ours['p90'])})",
+        ),
+        (
+            "the best peer on the last block's features or entropy, as their documents advise",
+            f"{_number(min(last.values()))} ({_plain(min(last, key=lambda n: last[n]))}), "
+            f"{min(last.values()) / ours['mean']:.1f}× ours",
+        ),
+        (
+            "the best peer on our features",
+            f"{_number(min(same.values()))} ({_plain(min(same, key=lambda n: same[n]))}), "
+            f"{min(same.values()) / ours['mean']:.1f}× ours",
+        ),
+    ]
+    for name, peer in sorted(data["peers"].items()):
+        if name.endswith("| ours"):
+            continue
+        fast = data["delays"]["1000"][OURS]["mean"]
+        rows.append(
+            (
+                f"{_plain(name)}, the library itself at 1,000",
+                f"{_number(peer['mean'])}, {peer['mean'] / fast:.1f}× ours; {_number(peer['us_per_sample'])} µs a sample",
+            )
+        )
+    for label, text in (
+        ("iid", "independent samples"),
+        ("half", "half of one class"),
+        ("sticky 5", "pictures five times in a row, unannounced"),
+        ("runs 100", "classes in runs of 100, unannounced"),
+        ("runs 100 announced", "the same, announced"),
+    ):
+        mean, low, high = data["arl"][arl][label]["pooled"]
+        rows.append(
+            (
+                f"samples between false alarms, {int(arl):,} wanted: {text}",
+                f"{_number(mean)} ({_number(low)}–{_number(high)})",
+            )
+        )
+    confusion = data["diagnosis"]["48"]
+    each = ", ".join(f"{k} {100 * v:.0f} %" for k, v in zip(KINDS, confusion["diagonal"], strict=True))
+    rows.append(("right kind of shift, 48 samples after the alarm", each))
+    recall = np.mean([d["32"]["top1"] for d in data["recall"]])
+    rows.append((f"regime recognised among {len(REGIMES) + 1}, from 32 samples", f"{100 * recall:.1f} %"))
+    cost = data["cost"]
+    rows.append(
+        (
+            "CPU of the monitor",
+            f"{cost['us a sample, batch 1']:.0f} µs a sample one by one, {cost['us a sample, batch 64']:.1f} in batches of 64; "
+            f"{data['calibration_s']['arl 20000']:.1f} s to calibrate",
+        )
+    )
+    head = f"{data['date']}, commit {data['commit']}, `{data['command']}`:"
+    return [head, "", "| | measured |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]
 
 
 def _run_lengths(draws: list[Json]) -> Json:

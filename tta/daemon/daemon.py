@@ -29,9 +29,9 @@ from tta.daemon.operation import Operation
 from tta.daemon.processes import Logger, Process, is_alive, runtime_folder
 from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
-from tta.daemon.watch import Watch
+from tta.daemon.watch import Watch, calibrated_for
 from tta.errors import ConfigError, TTAError
-from tta.monitor.calibration import reference_warning
+from tta.monitor.calibration import Calibration, reference_warning
 from tta.monitor.regimes import fingerprint
 from tta.monitor.stickiness import nearest
 from tta.protocol import encode
@@ -101,8 +101,7 @@ class Daemon:
         warning = reference_warning(manifest.n_reference, self.calibrations.arl)
         if warning:
             self.log.warning("reference_small", warning=warning)
-        calibration = self.calibrations.now(nearest(config.monitor.stickiness or 0.0, 1.0))
-        watch = Watch(self.bundle, calibration, config.monitor, self.library)
+        watch = Watch(self.bundle, self._first_calibration(), config.monitor, self.library)
         self._bind()
         self._make_processes()
         operation = Operation(
@@ -165,6 +164,13 @@ class Daemon:
             version=self.treatment.case.serving,
             state=self.treatment.cycle.state,
         )
+
+    def _first_calibration(self) -> Calibration:
+        """Thresholds for the stickiness that is set, else for the one measured before a restart."""
+        fixed = self.config.monitor.stickiness
+        measured = calibrated_for(self.store.load_watch()) if fixed is None else None
+        kept = self.calibrations.kept(measured) if measured is not None else None
+        return kept or self.calibrations.now(nearest(fixed or 0.0, 1.0))
 
     def _lock(self) -> None:
         """One daemon a state folder."""

@@ -22,6 +22,7 @@ from tta.monitor.monitor import DriftMonitor
 from tta.monitor.reference import Reference, confidence
 from tta.monitor.regimes import WINDOW, Fingerprint, fingerprint, recognise
 from tta.monitor.sources import Sources
+from tta.monitor.stickiness import Stickiness
 
 CHECK_EVERY = 16  # samples between two looks at which regime this is
 AGREEING_CHECKS = 2  # looks in a row that must agree
@@ -285,3 +286,11 @@ class Watch:
         self.errors.load_state(part("errors"))
         self.residuals.load_state(part("residuals"))
         return True
+
+
+def calibrated_for(state: Mapping[str, Array]) -> Stickiness | None:
+    """The stickiness that thresholds were for when `Watch.state` was saved."""
+    if "of" not in state:
+        return None
+    *_, repeat, class_run = state["of"].tolist()
+    return Stickiness(repeat, int(class_run))

@@ -2,16 +2,17 @@
 
 Each sample's score is compared with the held-out scores of its predicted class: a conformal p-value. It is turned
 into an e-value, at most 1 on average while nothing has changed, and R ← (R + 1)·e is a Shiryaev–Roberts
-e-detector: an alarm at R ≥ arl comes at most once in `arl` samples on average. A finite reference only knows its
-own distribution to within a band, so p is raised by the width of that band (Dvoretzky, Kiefer, Wolfowitz,
-Massart): with `CONFIDENCE` over the draw of the reference, the bound then holds. It assumes independent samples;
-of sticky traffic only every n-th is taken.
+e-detector: an alarm at R ≥ arl comes at most once in `arl` samples on average. A finite reference knows the tail
+of its own distribution only so far: the chance to exceed its k-th largest score is Beta(k, n - k + 1), so p is the
+upper end of that, for k = 1, 2, 4, ... together, and with `CONFIDENCE` over the draw of the reference the bound
+holds. It assumes independent samples; of sticky traffic only every n-th is taken.
 
 Source: Shin, Ramdas and Rinaldo, E-detectors, NEJSDS 2024; Vovk et al. for the p-values.
 """
 
 import math
 from bisect import bisect_left
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -37,13 +38,7 @@ class ConformalDetector:
         self.arl = arl
         self.stride = stride
         self._layout = reference.layout
-        scores = self.scores(reference.w)
-        n_classes = len(reference.prior)
-        own = [np.sort(scores[reference.predictions == k]) for k in range(n_classes)]
-        judged = [k for k in range(n_classes) if len(own[k]) >= MIN_SCORES]
-        alpha = (1 - CONFIDENCE) / (len(judged) + 1)
-        everybody = _table(np.sort(scores), alpha)
-        self._tables = [_table(own[k], alpha) if k in judged else everybody for k in range(n_classes)]
+        self._tables = _tables(reference)
         self.reset()
 
     def scores(self, w: Array) -> Array:
@@ -108,10 +103,41 @@ def stride(repeat: float) -> int:
     return max(1, math.ceil(math.log(0.05) / math.log(repeat))) if repeat > 0.05 else 1
 
 
-def _table(scores: Array, alpha: float) -> tuple[list[float], list[float]]:
-    """Sorted scores, and the e-value of a sample by how many of them lie below it."""
+Table = tuple[list[float], list[float]]
+_known: WeakKeyDictionary[Reference, list[Table]] = WeakKeyDictionary()
+
+
+def _tables(reference: Reference) -> list[Table]:
+    """For each class: scores, and the e-value of a sample by how many of them lie below it. Made once."""
+    if reference not in _known:
+        scores = reference.layout.squares(reference.w).max(axis=1)
+        own = [scores[reference.predictions == k] for k in range(len(reference.prior))]
+        judged = [len(scores_) >= MIN_SCORES for scores_ in own]
+        alpha = (1 - CONFIDENCE) / (sum(judged) + 1)
+        everybody = _table(scores, alpha)
+        _known[reference] = [_table(s, alpha) if j else everybody for s, j in zip(own, judged, strict=True)]
+    return _known[reference]
+
+
+def _table(scores: Array, alpha: float) -> Table:
     n = len(scores)
-    band = math.sqrt(math.log(1 / alpha) / (2 * n))
-    p = np.minimum(1.0, (1 + n - np.arange(n + 1)) / (n + 1) + band)
+    ranks = [2**i for i in range(n.bit_length()) if 2**i <= n // 2]
+    edges = np.sort(scores)[[-k for k in reversed(ranks)]]
+    tails = [_upper_tail(k, n, alpha / len(ranks)) for k in reversed(ranks)]
+    p = np.array([1.0, *tails])  # of a sample over none of the edges, over the lowest, ..., over all
     e = np.mean([power * p ** (power - 1) for power in POWERS], axis=0)
-    return scores.tolist(), e.tolist()
+    return edges.tolist(), e.tolist()
+
+
+def _upper_tail(k: int, n: int, alpha: float) -> float:
+    """Of a score beyond the k-th largest of n, with confidence 1 - alpha: a Beta quantile."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        x = (low + high) / 2
+        # P(Beta(k, n - k + 1) > x) = P(Binomial(n, x) < k)
+        log_term, below = n * math.log1p(-x), 0.0
+        for i in range(k):
+            below += math.exp(log_term)
+            log_term += math.log((n - i) / (i + 1)) + math.log(x) - math.log1p(-x)
+        low, high = (x, high) if below > alpha else (low, x)
+    return high

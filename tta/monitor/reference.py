@@ -24,7 +24,7 @@ MAX_HELD_OUT = 4000  # samples kept in a bundle
 SHRINK_RANKS = 4  # a class of n samples gets weight n / (n + 4·r) in its own covariance, the pool the rest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """Reference data as the source model sees it; immutable.
 

@@ -145,7 +145,7 @@ def reference_arrays(
 
 
 def corruptions(x: Array, seed: int) -> list[Array]:
-    """Noise, blur, less contrast, more light: each of (N, H, W, C) uint8 images at a middle strength."""
+    """Noise, blur, less contrast, more light, coarser pixels: each of (N, H, W, C) uint8 images, middling."""
     images = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).to(torch.float32) / 255
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     sigma = max(images.shape[2:]) / 32  # pixels
@@ -156,7 +156,9 @@ def corruptions(x: Array, seed: int) -> list[Array]:
     padded = F.pad(images, (reach,) * 4, mode="replicate")
     blurred = F.conv2d(padded, kernel.expand(channels, 1, *kernel.shape), groups=channels)
     mean = images.mean(dim=(2, 3), keepdim=True)
-    made = (images + 0.08 * noise, blurred, mean + 0.4 * (images - mean), images + 0.2)
+    size = [max(1, round(0.7 * n)) for n in images.shape[2:]]
+    coarse = F.interpolate(F.interpolate(images, size=size, mode="area"), size=images.shape[2:])
+    made = (images + 0.08 * noise, blurred, mean + 0.4 * (images - mean), images + 0.2, coarse)
     return [(m.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy() for m in made]
 
 
