@@ -54,6 +54,25 @@ def test_a_shift_that_costs_nothing_is_a_notice(start_daemon: Callable[..., Daem
     assert found["processes"]["adapter"]["pid"] is None
 
 
+def test_labels_overrule_the_model_s_own_view(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """The same mild shift with labels that say every other answer is wrong is worth acting on."""
+    daemon = start_daemon(**{"monitor.window": 1024})  # so that it is not soon taken for harmless
+    x, _ = digits("stream", 260, seed=41)
+    brighter = np.minimum(x.astype(np.int64) + 14, 255).astype(np.uint8)
+    send(daemon, x[:100])
+    send(daemon, brighter[100:])
+    until(lambda: "alarm" in events(daemon), "an alarm")
+
+    with daemon.client() as client:
+        answer = client.predict(brighter[200:260])
+        labels = [(int(k) + i % 2) % 10 for i, k in enumerate(answer.classes)]
+        assert set(client.label(answer.prediction_ids, labels)) == {"joined"}
+
+    found = until(lambda: (s := status(daemon))["shift"] and s["shift"]["actionable"] and s, "a verdict")
+    actionable = next(e for e in found["events"] if e["event"] == "actionable")
+    assert actionable["cause"] == "labels"
+
+
 def test_a_shift_that_costs_accuracy_is_actionable_without_a_label(
     start_daemon: Callable[..., DaemonProcess],
 ) -> None:
@@ -212,3 +231,47 @@ def test_the_residual_test_tells_a_change_of_meaning(watch: Watch) -> None:
         assert any(watch.label(i, i % 2 == 0, confidence) for i in range(1, 40))
         found[what] = (watch.errors.statistic > 1, watch.residuals.statistic > 1)
     assert found == {"sure": (True, True), "unsure": (True, False)}
+
+
+def feed(watch: Watch, first: int, result: Any, rows: slice, source: int) -> None:
+    """Show the watch some of a batch's rows as one key's."""
+    n = rows.stop - rows.start
+    places = range(first, first + n)
+    watch.features(places, result.features[rows], result.logits[rows], np.full(n, source))
+
+
+def test_samples_that_come_late_are_left_out(bundle: Bundle, watch: Watch) -> None:
+    """What arrives behind its successors, by way of the shadow, is not judged again."""
+    predictor = Predictor(bundle, "cpu", 1)
+    predictor.activate(predictor.prepare())
+    result = predictor.run(digits("stream", 16, seed=50)[0])
+
+    feed(watch, 100, result, slice(0, 8), 0)
+    feed(watch, 96, result, slice(4, 12), 0)
+
+    assert watch.monitor.history.newest(99).sequences.tolist() == list(range(100, 108))
+    assert watch.n_watched == 8
+
+
+def test_a_rare_camera_s_shift_is_seen_through_and_a_silent_one_let_go(bundle: Bundle, watch: Watch) -> None:
+    """One camera in thirty collects enough for a fingerprint; one that falls silent is not waited for."""
+    predictor = Predictor(bundle, "cpu", 1)
+    predictor.activate(predictor.prepare())
+    x, _ = digits("stream", 300, seed=51)
+    quiet, moved = predictor.run(x), predictor.run(corrupt(x, "noise", 4))
+    rare, *others = (watch.sources.number(f"camera {i}") for i in range(30))
+    watch.look_from(0)
+    place = 0
+    for i in range(280):
+        for source in (rare, *others[i % 29 : i % 29 + 1] * 29):
+            feed(watch, place, moved if source == rare else quiet, slice(i, i + 1), source)
+            place += 1
+        if i == 20:
+            assert watch.find_keys() == ("camera 0",)
+
+    assert watch.fingerprint() is not None
+    assert not watch.forget_silent_keys()
+    for i in range(0, 5000, 250):
+        feed(watch, place + i, quiet, slice(0, 250), others[i // 250])
+    assert watch.forget_silent_keys()
+    assert watch.keys == ()

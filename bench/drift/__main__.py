@@ -197,7 +197,15 @@ def main() -> int:
         peer_results(arguments.peers, draws)
         return 0
     code = MONITOR
-    found: dict[str, Any] = {"arl": {}, "common": {}, "delays": {}, "diagnosis": [], "recall": [], "slow": []}
+    found: dict[str, Any] = {
+        "arl": {},
+        "common": {},
+        "delays": {},
+        "diagnosis": [],
+        "recall": [],
+        "slow": [],
+        "whole": [],
+    }
     lengths = (1000,) if arguments.quick else arguments.arl or (1000, 10_000)
     for arl in lengths:
         found["common"][str(arl)], found["delays"][str(arl)] = measure_delays(draws, arl, n_draws)
@@ -208,6 +216,9 @@ def main() -> int:
     for seed in range(n_draws):
         draw = draws[seed]
         found["diagnosis"].append(cached("diagnosis", seed, code, lambda d=draw, s=seed: parts.diagnosis(d, s)))
+        found["whole"].append(
+            cached("whole monitor", seed, code, lambda d=draw, s=seed: parts.whole_monitor(d, s))
+        )
         found["slow"].append(cached("slow tier", seed, code, lambda d=draw, s=seed: parts.slow_tier(d, s)))
         found["recall"].append(cached("recall", seed, code, lambda d=draw, s=seed: parts.recall(d, s)))
     for arl in lengths:

@@ -120,6 +120,25 @@ def null_run_lengths(draw: Draw, arl: int, n_streams: int = 40) -> Json:
     return found
 
 
+def whole_monitor(draw: Draw, seed: int, arl: int = 10_000, n_streams: int = 6) -> Json:
+    """Delays of the monitor as the daemon runs it, own thresholds and stickiness measured, at severities 3 to 5."""
+    calibrated, clean, rng = Calibrated(draw, arl), draw.pool(), np.random.default_rng([seed, 6])
+    found: list[int] = []
+    held = 0
+    for shift in (s for s in SHIFTS if s[-1] in "345"):
+        shifted = draw.shift(shift)
+        for _ in range(n_streams):
+            monitor = calibrated.monitor()
+            before = samples_of(clean, rng.integers(len(clean.predictions), size=WARM_UP))
+            after = samples_of(shifted, rng.integers(len(shifted.predictions), size=CENSOR), WARM_UP)
+            if calibrated.watch(monitor, before, batch=8) is not None:
+                continue
+            alarm = calibrated.watch(monitor, after, batch=1)
+            found.append(CENSOR if alarm is None else alarm[0] + 1)
+            held += monitor.calibration.stickiness.repeat > 0
+    return {"delays": found, "held": held / len(found)}
+
+
 def slow_tier(draw: Draw, seed: int, arl: int = 10_000) -> Json:
     """The conformal detector alone: false alarms against its bound, and delays at severities 3 to 5."""
     clean, rng = draw.pool(), np.random.default_rng([seed, 5])

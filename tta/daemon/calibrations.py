@@ -8,12 +8,14 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+import tta
 from tta.bundle import Bundle, load_bundle
 from tta.daemon.processes import Logger
 from tta.daemon.store import write_atomically
@@ -22,6 +24,8 @@ from tta.monitor.charts import Layout
 from tta.monitor.reference import Reference
 from tta.monitor.stickiness import Stickiness
 from tta.process import become_worker
+
+COMPUTE_S = 120.0  # seconds a calibration may take
 
 
 class Calibrations:
@@ -42,6 +46,7 @@ class Calibrations:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted: Stickiness | None = None
+        self._until = 0.0  # monotonic seconds the process may run
         root.mkdir(exist_ok=True)
 
     def kept(self, stickiness: Stickiness) -> Calibration | None:
@@ -80,17 +85,26 @@ class Calibrations:
             str(self._nice),
             str(os.getpid()),
         ]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tta.daemon.calibrations", *arguments],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tta.daemon.calibrations", *arguments],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        except OSError as error:  # `poll` finds no thresholds
+            self._log.error("calibration_not_started", error=str(error))
+            return
+        self._until = time.monotonic() + COMPUTE_S
         self._log.info("calibration_started", pid=self._process.pid, arl=self.arl, **vars(stickiness))
 
     def poll(self) -> tuple[Stickiness, Calibration | None] | None:
         """What was requested, once it is there; None in place of thresholds that could not be computed."""
-        if self._wanted is None or (self._process is not None and self._process.poll() is None):
+        if self._wanted is None:
             return None
+        if self._process is not None and self._process.poll() is None:
+            if time.monotonic() < self._until:
+                return None
+            self.close()  # starved or stuck: alarms must not wait for ever
         status, self._process = self._process.returncode if self._process else 0, None
         wanted, self._wanted = self._wanted, None
         found = self.kept(wanted)
@@ -105,7 +119,7 @@ class Calibrations:
             self._process.wait(5)
 
     def _path(self, stickiness: Stickiness) -> Path:
-        text = f"{self._bundle.sha256} {self.arl!r} {stickiness.repeat!r} {stickiness.class_run}"
+        text = f"{tta.__version__} {self._bundle.sha256} {self.arl!r} {stickiness.repeat!r} {stickiness.class_run}"
         return self._root / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
 
 

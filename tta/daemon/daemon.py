@@ -46,6 +46,7 @@ EARLY_S = 1.0  # seconds a label waits for its prediction's observation
 MAX_EARLY = 1000  # labels waiting so
 BEAT_S = 0.25  # seconds between two rounds of supervision
 RATE_S = 60.0  # seconds the rate of images is averaged over
+MEASURE_AGAIN_S = 300.0  # seconds alarms are taken as they are after thresholds could not be computed
 SAVE_S = 5.0  # seconds between two saves of the stream's position and the charts
 START_S = 120.0  # seconds a server may take to load its model
 ADOPT_S = 2.0  # seconds a server left by another daemon has to answer
@@ -63,6 +64,7 @@ class Daemon:
         self.should_exit = False
         self._ticked = time.monotonic()
         self._since = self._ticked
+        self._measure_again = 0.0  # monotonic seconds at which a failed calibration is tried again
         self._counted = (0, self._ticked)  # images observed, when
         self._started = False
         self._early: list[tuple[float, list[bytes]]] = []  # labels ahead of their predictions: until when, frames
@@ -383,6 +385,8 @@ class Daemon:
     def _recalibrate(self) -> None:
         """Keep the thresholds right for how sticky the traffic is, off this loop."""
         treatment, monitor = self.treatment, self.treatment.watch.monitor
+        if self._measure_again and time.monotonic() > self._measure_again:
+            monitor.adaptive, self._measure_again = True, 0.0
         if monitor.wanted is not None:
             self.calibrations.request(monitor.wanted)
         done = self.calibrations.poll()
@@ -391,6 +395,7 @@ class Daemon:
         stickiness, calibration = done
         if calibration is None:  # rather a false alarm than none at all
             monitor.wanted, monitor.adaptive = None, False
+            self._measure_again = time.monotonic() + MEASURE_AGAIN_S
             return
         treatment.record("recalibrated", **vars(stickiness))
         found = treatment.watch.recalibrated(calibration)

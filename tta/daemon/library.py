@@ -28,7 +28,7 @@ class Regime:
     Attributes:
         number: 0 is home.
         version: that serves it best as far as is known.
-        kind: of shift: "home", "input", "feature" or "output".
+        kind: of shift: "home", "input", "feature", "prior" or "output".
         accuracy: of that version on labels of the regime, as last measured.
         fingerprint: in the source's coordinates; None for an output-level regime, whose features look like
             another's.

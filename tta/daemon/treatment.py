@@ -26,7 +26,6 @@ from tta.daemon.store import Store
 from tta.daemon.watch import Finding, Watch
 from tta.errors import NotFoundError, PreconditionError
 from tta.monitor.accuracy import PairedTest, binomial_tail
-from tta.monitor.charts import Alarm
 from tta.monitor.diagnosis import Diagnosis
 from tta.monitor.regimes import WINDOW
 from tta.versions import SOURCE
@@ -142,7 +141,8 @@ class Treatment:
         self._right: dict[str, deque[bool]] = {m: deque(maxlen=ACCURACY_WINDOW) for m in ("serving", "source")}
         self._recall_at = RECALL_LABELS
         self._recalling = False
-        self._suspicion: tuple[Alarm, int] | None = None
+        self._suspicion: Finding | None = None
+        self._suspected_at = 0  # samples watched when it arose
         self._unfinished = False  # a swap that a killed daemon had asked for
 
     # -- state on disk --------------------------------------------------------------------------------
@@ -173,7 +173,10 @@ class Treatment:
         self.watch.enter(self.regime, self.sequence)
         if state in (State.DRIFTED, State.ADAPTING):
             self.watch.look_from(self.case.onset)
-            self.watch.keys = self.case.keys
+            self.watch.restrict(self.case.keys)
+        elif state is State.PROBATION and self.target is None:
+            self.watch.look_from(self.case.since)
+            self.watch.restrict(self.case.keys)
         saved_watch = self.store.load_watch()
         if state is State.STABLE and saved_watch and not self.watch.load_state(saved_watch):
             self._log.info("charts_start_anew", reason="other regime or thresholds")
@@ -181,8 +184,11 @@ class Treatment:
         self.save()
 
     def save_watch(self) -> None:
-        """Write where the charts and label tests stand."""
-        self.store.save_watch(self.watch.state())
+        """Write where the charts and label tests stand; without it they start anew after a restart."""
+        try:
+            self.store.save_watch(self.watch.state())
+        except OSError as error:
+            self._log.warning("charts_not_saved", error=str(error))
 
     def save(self) -> None:
         """Write `state.json`."""
@@ -232,13 +238,13 @@ class Treatment:
 
     def alarm(self, found: Finding) -> None:
         """A chart crossed its threshold."""
-        alarm, sequence = found.alarm, found.sequence
+        sequence = found.sequence
         if self.cycle.state is State.DRIFTED and self.case.cause in ("labels", "operator"):
             self.case.cause = "charts"  # it is not only the output
             self.watch.look_from(sequence)
         if self.cycle.state is not State.STABLE or self._suspicion is not None or self.swapping:
             return
-        self._suspicion = (alarm, sequence)
+        self._suspicion, self._suspected_at = found, self.watch.n_watched
         if found.elsewhere:  # what was one camera's shift is no longer one camera's only
             self.watch.expect(self.library.regimes[HOME])
         if found.elsewhere or self.regime.number == HOME:
@@ -250,8 +256,8 @@ class Treatment:
     def _raise_suspicion(self) -> None:
         """It is an alarm."""
         assert self._suspicion is not None
-        alarm, sequence = self._suspicion
-        self._open_case("charts", sequence - alarm.lag)
+        found, alarm = self._suspicion, self._suspicion.alarm
+        self._open_case("charts", found.onset)
         self.metrics.alarms.labels("charts").inc()
         self.happen(
             Event.ALARM,
@@ -259,8 +265,8 @@ class Treatment:
             chart=alarm.chart,
             block=alarm.block,
             statistic=round(alarm.statistic, 3),
-            sample=sequence,
-            onset=sequence - alarm.lag,
+            sample=found.sequence,
+            onset=found.onset,
         )
 
     def _open_case(self, cause: str, onset: int) -> None:
@@ -280,9 +286,16 @@ class Treatment:
         fingerprint could be taken. Labels overrule it at any time.
         """
         case = self.case
-        if self.cycle.state is not State.DRIFTED or case.actionable is not None or self.swapping:
+        if self.cycle.state is not State.DRIFTED or case.actionable or self.swapping:
             return
-        if case.cause != "charts" or self.regime.number != HOME:
+        if self.watch.forget_silent_keys():
+            case.keys = ()
+        if self.watch.label_statistic > 1:
+            self._act_on_it(cause="labels")
+            return
+        if case.actionable is not None:
+            return
+        if case.cause != "charts" or case.serving != SOURCE:
             self._act_on_it(cause=case.cause)  # labels or the operator say so, or a cured shift has moved on
             return
         if self.watch.n_since() >= WINDOW:
@@ -330,12 +343,12 @@ class Treatment:
             elif self.case.cause == "charts" or (self.case.cause == "operator" and not self.case.forced):
                 self.happen(Event.QUIET, regime=found.number)
         elif found is not None and (self.config.library.recall != "off" or found.number == HOME):
-            sample = self._suspicion[1] if self._suspicion else self.case.onset
+            sample = self._suspicion.sequence if self._suspicion else self.case.onset
             if self.cycle.state is State.STABLE:
                 self._open_case("charts", sample if self._suspicion else self.sequence - WINDOW)
             self.case.target = found.number
             self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
-        elif self._suspicion is not None and self.sequence - self._suspicion[1] > SUSPICION_SAMPLES:
+        elif self._suspicion is not None and self.watch.n_watched - self._suspected_at > SUSPICION_SAMPLES:
             self._raise_suspicion()
 
     def _is_served(self, found: Regime) -> bool:
@@ -443,8 +456,11 @@ class Treatment:
             seen = self.watch.n_since() >= WINDOW
             if have >= self.case.wanted and (seen or self.case.forced):
                 self._decide_whether_to_adapt(have)
-            elif self.case.actionable is False and self.watch.fingerprint() is not None and self.acting:
-                self.happen(Event.HARMLESS, labels=have, kind=self.case.kind)
+            elif self.case.actionable is False and self.watch.fingerprint() is not None and not self.case.paused:
+                if self._p_value_of_harm()[2] <= HARM_P_VALUE:
+                    self._act_on_it(cause="labels")
+                else:
+                    self.happen(Event.HARMLESS, labels=have, kind=self.case.kind)
         elif self.cycle.state is State.PROBATION and self._probation_from is not None and self.acting:
             elapsed = time.monotonic() - self._probation_from
             enough = self._paired.n_labels >= self.config.gate.probation_labels
@@ -453,9 +469,7 @@ class Treatment:
                 self.happen(Event.CONFIRMED, labels=self._paired.n_labels, seconds=round(elapsed, 3))
 
     def _decide_whether_to_adapt(self, have: int) -> None:
-        n, wrong = self.labels.outcomes(self.case.onset, self.case.serving)
-        null = min(0.99, max(0.005, 1 - self.regime.accuracy + self.config.monitor.error_tolerance))
-        p_val = binomial_tail(wrong, n, null)
+        n, wrong, p_val = self._p_value_of_harm()
         # Without outcomes of this version nothing is known of its errors: the gate will say.
         errors_up = p_val <= HARM_P_VALUE or n < MIN_OUTCOMES
         self.case.keys = self.watch.find_keys()
@@ -469,6 +483,12 @@ class Treatment:
                 self.happen(Event.HARMLESS, **evidence)
         elif self.acting:
             self.happen(Event.ENOUGH_LABELS, **evidence)
+
+    def _p_value_of_harm(self) -> tuple[int, int, float]:
+        """Labelled outcomes since the onset, errors among them, and how likely so many are if all is in order."""
+        n, wrong = self.labels.outcomes(self.case.onset, self.case.serving)
+        null = min(0.99, max(0.005, 1 - self.regime.accuracy + self.config.monitor.error_tolerance))
+        return n, wrong, binomial_tail(wrong, n, null)
 
     def _recall_by_labels(self) -> None:
         """An output-level regime, or home, has no features of its own: recognise it by labels."""
@@ -647,7 +667,10 @@ class Treatment:
     def _accept_regime(self) -> None:
         """A shift that costs no accuracy: the version stays, the regime is new."""
         n, wrong = self.labels.outcomes(self.case.onset, self.case.serving)
-        accuracy = 1 - wrong / n if n >= MIN_OUTCOMES else self.regime.accuracy - self.config.monitor.accepted_loss
+        usual = self.regime.accuracy
+        accuracy = 1 - wrong / n if n >= MIN_OUTCOMES else usual - self.config.monitor.accepted_loss
+        # What was let pass must not raise the bar for what would be noticed.
+        accuracy = max(accuracy, usual - self.config.monitor.error_tolerance)
         regime = self.library.add(
             self.case.serving, self.case.kind, accuracy, self.watch.fingerprint(), self.sequence, self.case.keys
         )

@@ -17,8 +17,8 @@ from tta.monitor.accuracy import ConfidenceModel, ErrorDetector
 from tta.monitor.calibration import Calibration
 from tta.monitor.charts import Alarm, Array, Layout
 from tta.monitor.diagnosis import Diagnosis, diagnose
-from tta.monitor.history import Samples
-from tta.monitor.monitor import DriftMonitor
+from tta.monitor.history import History, Samples
+from tta.monitor.monitor import HISTORY, DriftMonitor
 from tta.monitor.reference import Reference, confidence
 from tta.monitor.regimes import WINDOW, Fingerprint, fingerprint, recognise
 from tta.monitor.sources import Sources
@@ -26,7 +26,8 @@ from tta.monitor.stickiness import Stickiness
 
 CHECK_EVERY = 16  # samples between two looks at which regime this is
 AGREEING_CHECKS = 2  # looks in a row that must agree
-OTHERS = 64  # samples the charts of other keys remember
+SILENT_SAMPLES = 4096  # of others, after which a key has gone
+HUGE = 1e30  # features beyond this are no features
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Finding:
 
     Attributes:
         sequence: place of its sample in the stream.
+        onset: place at which the charts were last quiet.
         elsewhere: it was raised by traffic that the present regime, being one of other keys, says nothing of.
     """
 
     alarm: Alarm
     sequence: int
+    onset: int
     elsewhere: bool
 
 
@@ -71,11 +74,19 @@ class Watch:
         self.sources = Sources()
         self.reference = Reference.load(self.layout, arrays)
         self.monitor = DriftMonitor(
-            self.reference, calibration, adaptive=config.stickiness is None, capacity=2 * config.window
+            self.reference,
+            calibration,
+            adaptive=config.stickiness is None,
+            capacity=max(2 * config.window, HISTORY),
         )
         self.confidence_model = ConfidenceModel(self.reference)
+        self.n_watched = 0
         self.n_refused = 0
         self.n_thinned = 0
+        self._newest = -1  # place of the newest sample
+        for regime in library.regimes.values():
+            for key in regime.keys:
+                self.sources.number(key)
         self._cut = float(arrays["cut"][0])
         self._loadings = {name: arrays[f"loadings.{name}"] for name in self.layout.names}
         self.enter(library.regimes[HOME], 0)
@@ -93,20 +104,44 @@ class Watch:
 
     def expect(self, regime: Regime) -> None:
         """Let the charts compare with a regime: its own keys with its fingerprint, all others with home."""
+        self._expected = regime
         at_home = regime.number == HOME or regime.fingerprint is None
-        mine = np.array([self.sources.number(key) for key in regime.keys]) if regime.keys else None
+        mine = self.sources.numbers(regime.keys) if regime.keys else None
         self.monitor.enter(None if at_home else regime.fingerprint, mine)
-        self._others = None
-        if mine is not None:
-            self._others = DriftMonitor(self.reference, self.monitor.calibration, adaptive=False, capacity=OTHERS)
-            self._others.enter(None, mine, others=True)
+        self._watch_others()
+
+    def _watch_others(self) -> None:
+        """Where the present regime is one of some keys, the others have charts of their own, against home."""
+        self._others: DriftMonitor | None = None
+        if self._expected.keys:
+            self._others = DriftMonitor(self.reference, self.monitor.calibration, adaptive=False)
+            self._others.enter(None, self.sources.numbers(self._expected.keys), others=True)
 
     def look_from(self, sequence: int) -> None:
         """Recognise regimes only from samples at or after `sequence`."""
         self._since = sequence
         self._unchecked = 0
         self._last_checks: list[int | None] = []
-        self.keys: tuple[str, ...] = self.regime.keys
+        self.restrict(self._expected.keys)
+
+    def restrict(self, keys: tuple[str, ...]) -> None:
+        """Judge the present shift by the samples of these keys; by all for none."""
+        self.keys = keys
+        self._own: History | None = None
+        if keys:
+            # However rare they are among all: a history of their own.
+            self._own = History(self.layout.n_features, len(self.reference.prior), self.monitor.history.capacity)
+            self._own.append(self.sources.of(self.monitor.history.since(self._since), keys))
+
+    def forget_silent_keys(self) -> bool:
+        """Stop waiting for keys that have sent nothing for long; True if there were any."""
+        if self._own is None or not self.keys:
+            return False
+        seen = self._own.newest(1).sequences
+        if self._newest - (int(seen[0]) if len(seen) else self._since) < SILENT_SAMPLES:
+            return False
+        self.restrict(())
+        return True
 
     @property
     def arl(self) -> float:
@@ -132,9 +167,12 @@ class Watch:
         """
         places = np.asarray(sequences, np.int64)
         if not math.isfinite(features.sum() + logits.sum()):
-            finite = np.isfinite(features).all(axis=1) & np.isfinite(logits).all(axis=1)
+            finite = (np.abs(features) < HUGE).all(axis=1) & (np.abs(logits) < HUGE).all(axis=1)
             self.n_refused += int((~finite).sum())
             features, logits, places, sources = features[finite], logits[finite], places[finite], sources[finite]
+        if len(places) and places[0] <= self._newest:  # late, by way of the shadow: their place has been judged
+            late = places <= self._newest
+            features, logits, places, sources = features[~late], logits[~late], places[~late], sources[~late]
         taken = self.sources.admit(sources)
         if taken is not None and not taken.all():
             self.n_thinned += int((~taken).sum())
@@ -144,12 +182,27 @@ class Watch:
         predictions = logits.argmax(axis=1)
         w = self.reference.residuals(features, predictions)
         self._unchecked += len(w)
+        self.n_watched += len(w)
+        self._newest = int(places[-1])
         samples = Samples(w, predictions, logits, places, sources)
         alarm = self.monitor.update(samples)
+        if self._own is not None:
+            self._own.append(self.sources.of(samples, self.keys))
         if alarm is not None:
-            return Finding(alarm, int(places[alarm.index]), False)
-        alarm = self._others.update(samples) if self._others is not None else None
-        return None if alarm is None else Finding(alarm, int(places[alarm.index]), True)
+            return self._finding(alarm, int(places[alarm.index]), self.monitor, False)
+        if self._others is None:
+            return None
+        alarm = self._others.update(samples)
+        if alarm is None or self.monitor.wanted is not None:  # near-copies may explain it: see `recalibrated`
+            return None
+        return self._finding(alarm, int(places[alarm.index]), self._others, True)
+
+    def _finding(self, alarm: Alarm, sequence: int, monitor: DriftMonitor, elsewhere: bool) -> Finding:
+        """An alarm with its place; the lag is counted in the samples that its charts judged."""
+        judged = monitor.judged(monitor.history.newest(monitor.history.capacity)).sequences
+        at = int(np.searchsorted(judged, sequence))
+        onset = int(judged[max(0, at - alarm.lag)]) if len(judged) else sequence
+        return Finding(alarm, sequence, onset, elsewhere)
 
     def recalibrated(self, calibration: Calibration) -> Finding | None:
         """Go on with other thresholds.
@@ -158,9 +211,11 @@ class Watch:
             The alarm that remembered samples raise with them, if any.
         """
         alarm = self.monitor.recalibrated(calibration)
+        self._watch_others()
         if alarm is None:
             return None
-        return Finding(alarm, int(self.monitor.history.newest(1 - alarm.index).sequences[0]), False)
+        sequence = int(self.monitor.history.newest(1 - alarm.index).sequences[0])
+        return self._finding(alarm, sequence, self.monitor, False)
 
     def recognised(self) -> Regime | None:
         """The regime of the last samples, once two looks in a row agree on one."""
@@ -184,7 +239,7 @@ class Watch:
         regimes, candidates = [], []
         for regime in self.library.regimes.values():
             keys = regime.keys or self.keys
-            window = self.sources.of(every, keys)[-WINDOW:]
+            window = self._since_look(WINDOW) if keys == self.keys else self.sources.of(every, keys)[-WINDOW:]
             # Home on average is not home if one camera has shifted: whom the regime does not name is at home.
             named = set(astray) <= set(keys)
             if regime.fingerprint is not None and len(window) == WINDOW and named:
@@ -195,15 +250,18 @@ class Watch:
 
     def find_keys(self) -> tuple[str, ...]:
         """Which keys the present shift concerns; empty for all. Kept until the next `look_from`."""
-        expected = self.regime.fingerprint or self.library.regimes[HOME].fingerprint
+        expected = self._expected.fingerprint or self.library.regimes[HOME].fingerprint
         if expected is not None and not self.keys:
             since = self.monitor.history.since(self._since)
-            self.keys = self.sources.shifted(since, expected, self.monitor.inflation)
+            found = self.sources.shifted(since, expected, self.monitor.inflation)
+            if found:
+                self.restrict(found)
         return self.keys
 
     def _since_look(self, n: int) -> Samples:
         """The newest samples of the shifted keys since the last `look_from`, at most n."""
-        return self.sources.of(self.monitor.history.since(self._since), self.keys)[-n:]
+        history = self.monitor.history if self._own is None else self._own
+        return history.since(self._since)[-n:]
 
     def n_since(self) -> int:
         """How many samples of the shifted keys are remembered since the last `look_from`."""
@@ -276,7 +334,10 @@ class Watch:
 
     def load_state(self, state: Mapping[str, Array]) -> bool:
         """Go on from `state()`; False if it is of another regime or other thresholds, and nothing is changed."""
-        if not np.array_equal(state["of"], self.state()["of"]):
+        own = self.state()
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
+            return False  # of another release
+        if not np.array_equal(state["of"], own["of"]):
             return False
 
         def part(name: str) -> dict[str, Array]:

@@ -17,9 +17,9 @@ REGIME_SLACK = 3.0  # a regime's own scale is known from a few hundred samples o
 HISTORY = 1024  # samples remembered
 MEASURE_EVERY = 2048  # samples between two measurements of the stickiness
 MEASURED = 512  # samples it is measured on in passing
-BEFORE = 8  # samples before an alarm's onset that are measured with those since
+BEFORE = 64  # samples before an alarm's onset that are measured, apart from those since
 HYSTERESIS = 0.1  # of a repeat: thresholds should not change to and fro
-NOISE = 0.5  # over √n: by which a repeat measured on n samples may be off
+NOISE = 0.8  # over √n: by which a repeat measured on n samples may be off
 
 
 class DriftMonitor:
@@ -103,19 +103,27 @@ class DriftMonitor:
         if alarm is not None and len(self.history) < MIN_SAMPLES:
             return None  # too few to tell a shift from one picture shown again and again; the charts stay over
         if alarm is not None and self.wanted is None:
-            self._measure(alarm.lag + n - alarm.index + BEFORE, upwards=True)
+            self._excuse(alarm.lag + n - alarm.index)
         elif self._unmeasured >= MEASURE_EVERY:
             self._unmeasured = 0
-            self._measure(MEASURED, upwards=False)
+            self._measure_in_passing()
         return None if self.wanted is not None and not self.calibration.stickiness.covers(self.wanted) else alarm
 
     def _judge(self, samples: Samples) -> Alarm | None:
         self.n_samples += len(samples)
         if self._sources is None:
             return self._chart(samples.w, samples.predictions)
-        mine = np.flatnonzero(np.isin(samples.sources, self._sources, invert=self._others))
+        mine = np.flatnonzero(self._is_judged(samples))
         alarm = self._chart(samples.w[mine], samples.predictions[mine]) if len(mine) else None
         return None if alarm is None else replace(alarm, index=int(mine[alarm.index]))
+
+    def judged(self, samples: Samples) -> Samples:
+        """Those samples that the charts judge."""
+        return samples if self._sources is None else samples[self._is_judged(samples)]
+
+    def _is_judged(self, samples: Samples) -> Array:
+        assert self._sources is not None
+        return np.isin(samples.sources, self._sources, invert=self._others)
 
     def _chart(self, w: Array, predictions: Array) -> Alarm | None:
         alarm = self.charts.update(w)
@@ -128,19 +136,34 @@ class DriftMonitor:
                 return Alarm(index, 0, name, self.conformal.statistic, "conformal")
         return alarm
 
-    def _measure(self, n: int, upwards: bool) -> None:
+    def _excuse(self, since: int) -> None:
+        """Were the last `since` samples, or those before, stickier than the thresholds are for?
+
+        Each by itself: across a change, far samples differ more than near ones, as copies would make them.
+        """
+        recent = self.history.newest(since + BEFORE)
+        for part in (recent[:-since], recent[-since:]):
+            if len(part) >= MIN_SAMPLES:
+                self._want(*measure(part.w, part.predictions), len(part))
+
+    def _measure_in_passing(self) -> None:
         """Are the thresholds right for how sticky the last samples were?"""
-        recent = self.history.newest(n)
-        n = len(recent)
+        recent = self.history.newest(MEASURED)
+        if len(recent) < MEASURED:
+            return
         repeat, class_run = measure(recent.w, recent.predictions)
-        found = nearest(repeat - NOISE / np.sqrt(n), class_run)
+        self._want(repeat, class_run, MEASURED)
+        less = nearest(repeat + HYSTERESIS, class_run * (1 + HYSTERESIS))
         now = self.calibration.stickiness
+        if self.wanted is None and less != now and now.covers(less):
+            self.wanted = less
+
+    def _want(self, repeat: float, class_run: float, n: int) -> None:
+        """Ask for thresholds for this stickiness, measured on n samples, if the present ones do not cover it."""
+        found = nearest(repeat - NOISE / np.sqrt(n), class_run)
+        now = self.wanted or self.calibration.stickiness
         if not now.covers(found):
             self.wanted = Stickiness(max(now.repeat, found.repeat), max(now.class_run, found.class_run))
-        elif not upwards and n == MEASURED:
-            found = nearest(repeat + HYSTERESIS, class_run * (1 + HYSTERESIS))
-            if found != now and now.covers(found):
-                self.wanted = found
 
     def recalibrated(self, calibration: Calibration) -> Alarm | None:
         """Go on with these thresholds, as if they had been in use all along.

@@ -89,4 +89,8 @@ class Sources:
         """Those samples that came with one of the keys; all of them for no keys."""
         if not keys:
             return samples
-        return samples[np.isin(samples.sources, [self.number(key) for key in keys])]
+        return samples[np.isin(samples.sources, self.numbers(keys))]
+
+    def numbers(self, keys: tuple[str, ...]) -> Array:
+        """(n,) the numbers of keys; -1, which no sample has, for one that is not known."""
+        return np.array([self._numbers.get(key, -1) for key in keys], np.int64)
