@@ -176,8 +176,9 @@ def test_a_regime_of_one_camera_is_hers_alone(bundle: Bundle, watch: Watch) -> N
     def feed(first: int, south: Any, north: Any) -> list[Any]:
         found = []
         for i in range(0, 600, 4):
-            for source, result in ((mine, south), (other, north)):
-                places, rows = range(first + 2 * i, first + 2 * i + 4), slice(i, i + 4)
+            for k, (source, result) in enumerate(((mine, south), (other, north))):
+                place = first + 2 * i + 4 * k
+                places, rows = range(place, place + 4), slice(i, i + 4)
                 sources = np.full(4, source)
                 found.append(watch.features(places, result.features[rows], result.logits[rows], sources))
         return [f for f in found if f is not None]
@@ -205,7 +206,7 @@ def watch(bundle: Bundle, tmp_path: Path) -> Watch:
     """The daemon's monitor, without the daemon."""
     home = fingerprint(bundle.reference["w"], bundle.reference["predictions"])
     library = Library(tmp_path, home, bundle.manifest.reference_accuracy, 8)
-    return Watch(bundle, Calibration.load(bundle.reference), MonitorConfig(), library)
+    return Watch(bundle, Calibration.load(bundle.reference), MonitorConfig(stickiness=0.0), library)
 
 
 def test_samples_that_are_not_finite_are_left_out_and_counted(bundle: Bundle, watch: Watch) -> None:
@@ -263,8 +264,9 @@ def test_a_rare_camera_s_shift_is_seen_through_and_a_silent_one_let_go(bundle: B
     watch.look_from(0)
     place = 0
     for i in range(280):
-        for source in (rare, *others[i % 29 : i % 29 + 1] * 29):
-            feed(watch, place, moved if source == rare else quiet, slice(i, i + 1), source)
+        for j, source in enumerate((rare, *others)):
+            row = i if source == rare else (7 * i + 11 * j) % 300
+            feed(watch, place, moved if source == rare else quiet, slice(row, row + 1), source)
             place += 1
         if i == 20:
             assert watch.find_keys() == ("camera 0",)
