@@ -87,6 +87,11 @@ def test_the_results_are_the_script_s() -> None:
     assert table in README
 
 
+def test_the_drift_table_is_the_script_s() -> None:
+    """The monitor's table in the README is the summary that bench.drift wrote."""
+    assert (ROOT / "bench" / "results" / "drift_summary.md").read_text().strip() in README
+
+
 def test_every_link_points_at_a_file() -> None:
     """Relative links and pictures exist."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)

@@ -149,6 +149,11 @@ class Draw:
             self._pools[key] = Pool(sets, logits, labels()[self._pool])
         return self._pools[key]
 
+    def clean_features(self) -> tuple[Array, Array]:
+        """Whitened features (N, D) and logits (N, K) of the clean pool, as the server sends them."""
+        clean = raw()
+        return self.whitening.apply([b[self._pool] for b in clean.blocks]), clean.logits[self._pool]
+
     def shift(self, name: str) -> Pool:
         """The pool after any shift: "gaussian_noise 3", "population 2", or the clean one for a "prior 50"."""
         kind, _, number = name.partition(" ")

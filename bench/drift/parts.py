@@ -407,8 +407,7 @@ def cost(draw: Draw, n_memory: int = 1_000_000) -> Json:
     calibrated, clean = Calibrated(draw, 20_000), draw.pool()
     reference = draw.reference
     rng = np.random.default_rng(0)
-    features = rng.normal(size=(2048, draw.layout.n_features)).astype(np.float32)
-    logits = rng.normal(size=(2048, len(reference.prior))).astype(np.float32) * 5
+    features, logits = draw.clean_features()
     found: Json = {}
     for batch in (1, 8, 64):
         monitor, best = calibrated.monitor(), np.inf

@@ -12,9 +12,6 @@ WIDTH = 78  # characters of an event's line
 DETAILS = (  # of an event, worth a person's glance; the log has all
     "cause",
     "kind",
-    "confidence",
-    "effect",
-    "predicted_loss",
     "keys",
     "onset",
     "labels",
@@ -29,6 +26,8 @@ DETAILS = (  # of an event, worth a person's glance; the log has all
     "wanted",
     "process",
     "error",
+    "predicted_loss",
+    "effect",
 )
 
 
@@ -74,13 +73,13 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
             f"  classes    {now['class_statistic']:.1f} times the threshold: another mix of predicted classes"
         )
     lines.append(
-        f"  watching   one false alarm in {now['arl']:,.0f} samples wanted, {now['realised_arl']:,} estimated: "
-        f"{now['false_alarms_per_day']:.2g} a day at {now['images_per_s']:.3g} images/s"
+        f"  watching   a false alarm in {now['arl']:,.0f} samples (estimated {now['realised_arl']:,}): "
+        f"{_number(now['false_alarms_per_day'])} a day now"
     )
     accuracy = ", ".join(f"{model} {100 * value:.0f} %" for model, value in now["accuracy"].items())
     lines.append(
-        f"  accuracy   {accuracy or 'no labels yet'} ({now['labels_buffered']} labels on disk); "
-        f"the source's by its confidence {100 * now['predicted_accuracy']:.0f} %"
+        f"  accuracy   {accuracy or 'no labels yet'} ({now['labels_buffered']} on disk); "
+        f"source's by its confidence {100 * now['predicted_accuracy']:.0f} %"
     )
     up = ", ".join(
         f"{name} {'up' if p['ready'] else 'idle' if p['pid'] is None else 'starting'}"
@@ -96,11 +95,15 @@ def _diagnosis_lines(diagnosis: dict[str, Any] | None) -> list[str]:
     """How sure the kind is, how far it went, and where it shows most."""
     if not diagnosis:
         return []
-    channels = "; ".join(diagnosis["channels"][:2])
     return [
         f"             {100 * diagnosis['confidence']:.0f} % sure, {diagnosis['effect']:.1f} standard deviations, "
-        f"depth {100 * diagnosis['depth']:.0f} %" + (f"; {channels}" if channels else "")
+        f"depth {100 * diagnosis['depth']:.0f} %",
+        *(f"             {channel}" for channel in diagnosis["channels"][:2]),
     ]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def describe(event: dict[str, Any]) -> str:
@@ -115,6 +118,8 @@ def describe(event: dict[str, Any]) -> str:
         if value in ("", None, []):
             continue
         shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            shown = "+".join(map(str, value))
         part = f"{separator}{key} {shown}"
         if len(line) + len(part) <= WIDTH:
             line, separator = line + part, ", "

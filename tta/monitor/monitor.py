@@ -67,6 +67,7 @@ class DriftMonitor:
             self.reference, calibration.conformal_arl, stride(calibration.stickiness.repeat)
         )
         self.n_samples = 0
+        self._over = False  # whether the last update raised an alarm
 
     def enter(self, regime: Fingerprint | None, sources: Array | None = None, others: bool = False) -> None:
         """Watch another regime from now on.
@@ -102,7 +103,8 @@ class DriftMonitor:
             return alarm
         if alarm is not None and len(self.history) < MIN_SAMPLES:
             return None  # too few to tell a shift from one picture shown again and again; the charts stay over
-        if alarm is not None and self.wanted is None:
+        new, self._over = alarm is not None and not self._over, alarm is not None
+        if alarm is not None and new and self.wanted is None:
             self._excuse(alarm.lag + n - alarm.index)
         elif self._unmeasured >= MEASURE_EVERY:
             self._unmeasured = 0
