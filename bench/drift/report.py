@@ -398,6 +398,8 @@ def _picture(data: Json, path: Path) -> None:
     middle.axvline(1, color="black", lw=1)
     middle.axvline(0.25, color="black", lw=1, ls=":")
     middle.set_xscale("log")
+    middle.set_xticks((0.25, 0.5, 1, 2, 4, 8), ("¼", "½", "1", "2", "4", "8"))
+    middle.set_xticks((), minor=True)
     middle.set_xlabel("realised run length, of the target (log)")
     middle.set_title("False alarms on null streams (right is fewer)")
     middle.legend()
