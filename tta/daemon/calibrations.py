@@ -123,10 +123,15 @@ class Calibrations:
         return self._root / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
 
 
-def _compute(bundle: Bundle, arl: float, stickiness: Stickiness) -> Calibration:
+def reference_of(bundle: Bundle) -> Reference:
+    """What the monitor knows of a bundle's reference data."""
     blocks = bundle.manifest.blocks
     layout = Layout(tuple(b.name for b in blocks), tuple(b.n_features for b in blocks))
-    return calibrate(Reference.load(layout, bundle.reference), arl, stickiness)
+    return Reference.load(layout, bundle.reference)
+
+
+def _compute(bundle: Bundle, arl: float, stickiness: Stickiness) -> Calibration:
+    return calibrate(reference_of(bundle), arl, stickiness)
 
 
 def _bytes(calibration: Calibration) -> bytes:

@@ -12,14 +12,15 @@ import numpy as np
 
 from tta.bundle import Bundle
 from tta.config import MonitorConfig
+from tta.daemon.calibrations import reference_of
 from tta.daemon.library import HOME, Library, Regime
 from tta.monitor.accuracy import ConfidenceModel, ErrorDetector
 from tta.monitor.calibration import Calibration
-from tta.monitor.charts import Alarm, Array, Layout
+from tta.monitor.charts import Alarm, Array
 from tta.monitor.diagnosis import Diagnosis, diagnose
 from tta.monitor.history import History, Samples
 from tta.monitor.monitor import HISTORY, DriftMonitor
-from tta.monitor.reference import Reference, confidence
+from tta.monitor.reference import confidence
 from tta.monitor.regimes import WINDOW, Fingerprint, fingerprint, recognise
 from tta.monitor.sources import Sources
 from tta.monitor.stickiness import Stickiness
@@ -54,25 +55,23 @@ class Loss:
         accuracy: predicted, in [0, 1].
         points: of accuracy less than on the reference, in [-1, 1].
         error: standard error of `points`.
-        n_samples: it rests on.
     """
 
     accuracy: float
     points: float
     error: float
-    n_samples: int
 
 
 class Watch:
     """The monitor of one daemon. Owned by its main thread."""
 
     def __init__(self, bundle: Bundle, calibration: Calibration, config: MonitorConfig, library: Library) -> None:
-        manifest, arrays = bundle.manifest, bundle.reference
-        self.layout = Layout(tuple(b.name for b in manifest.blocks), tuple(b.n_features for b in manifest.blocks))
+        arrays = bundle.reference
+        self.reference = reference_of(bundle)
+        self.layout = self.reference.layout
         self.config = config
         self.library = library
         self.sources = Sources()
-        self.reference = Reference.load(self.layout, arrays)
         self.monitor = DriftMonitor(
             self.reference,
             calibration,
@@ -163,7 +162,7 @@ class Watch:
             The first alarm among them.
 
         Raises:
-            InputError: features of another length; nothing is changed.
+            InputError: features of another length.
         """
         places = np.asarray(sequences, np.int64)
         if not math.isfinite(features.sum() + logits.sum()):
@@ -291,7 +290,7 @@ class Watch:
         n = max(1, len(found))
         accuracy = self.confidence_model.predicted_accuracy(confidence(found.logits)) if len(found) else 0.0
         error = math.sqrt(max(accuracy * (1 - accuracy), 1 / (4 * n)) / n * self.monitor.inflation)
-        return Loss(accuracy, self.confidence_model.accuracy - accuracy, error, len(found))
+        return Loss(accuracy, self.confidence_model.accuracy - accuracy, error)
 
     def label(self, sequence: int, error: bool, confidence: float | None) -> bool:
         """Take one labelled outcome of the serving version.

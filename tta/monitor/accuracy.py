@@ -101,8 +101,8 @@ class ConfidenceModel:
     """What the source model's confidence says of its accuracy, learned on held-out reference data.
 
     Accuracy without labels is the share of samples over a confidence that as many held-out samples exceeded as
-    were right (average thresholded confidence, Garg et al., ICLR 2022). Measured on 15 corruptions of CIFAR-10:
-    4 points too high on average, 17 at worst; so it ranks shifts, and labels decide.
+    were right (average thresholded confidence, Garg et al., ICLR 2022). A model is too sure of itself under a
+    shift, so this is too high rather than too low: it ranks shifts, and labels decide.
     """
 
     def __init__(self, reference: Reference) -> None:

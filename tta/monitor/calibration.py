@@ -20,7 +20,7 @@ import numpy as np
 
 from tta.errors import InputError
 from tta.monitor.charts import CLASS_LAMBDAS, LAMBDAS, Array, Layout, variances
-from tta.monitor.reference import MAX_HELD_OUT, MIN_REFERENCE, Reference
+from tta.monitor.reference import MAX_HELD_OUT, MIN_REFERENCE, Reference, class_means
 from tta.monitor.stickiness import Stickiness
 
 N_STREAMS = 800
@@ -121,7 +121,7 @@ def calibrate(
 
     def redrawn() -> tuple[Array, Array]:
         rows = rng.choice(everything, len(w))
-        return rows, w - _class_means(w[rows], predictions[rows], len(reference.prior))[predictions]
+        return rows, w - class_means(w[rows], predictions[rows], len(reference.prior))[predictions]
 
     if stickiness.class_run > 1:
         # A run of one class shows how far off its centroid is: streams of one redraw about centroids of another.
@@ -163,14 +163,6 @@ def _largest(blocks: Array, classes: Array, thresholds: Array, class_thresholds:
     features = (blocks / thresholds).max(axis=(1, 2))
     largest: Array = np.fmax(features, (classes / class_thresholds).max(axis=1))
     return largest
-
-
-def _class_means(w: Array, predictions: Array, n_classes: int) -> Array:
-    """(K, D) mean residual of each class; 0 for a class that is not there."""
-    sums = np.zeros((n_classes, w.shape[1]))
-    np.add.at(sums, predictions, w)
-    means: Array = sums / np.maximum(1, np.bincount(predictions, minlength=n_classes))[:, None]
-    return means
 
 
 def _peaks(

@@ -208,8 +208,24 @@ def fit(
 def _centroids(features: Array, predictions: Array, n_classes: int) -> Array:
     """(K, D) float32 class means, shrunk towards the common mean."""
     mean = features.mean(axis=0)
-    sums = np.zeros((n_classes, features.shape[1]))
-    np.add.at(sums, predictions, features - mean)
-    counts = np.bincount(predictions, minlength=n_classes)[:, None]
-    centroids: Array = (mean + sums / (counts + SHRINK_SAMPLES)).astype(np.float32)
+    own = class_means(features - mean, predictions, n_classes, SHRINK_SAMPLES)
+    centroids: Array = (mean + own).astype(np.float32)
     return centroids
+
+
+def class_means(values: Array, predictions: Array, n_classes: int, shrink: int = 0) -> Array:
+    """Mean of each class.
+
+    Args:
+        values: (N, F).
+        predictions: (N,) class of each.
+        n_classes: K.
+        shrink: samples' worth of pull towards 0.
+
+    Returns:
+        (K, F) float64; 0 for a class that is not there.
+    """
+    sums = np.zeros((n_classes, values.shape[1]))
+    np.add.at(sums, predictions, values)
+    means: Array = sums / np.maximum(1, np.bincount(predictions, minlength=n_classes) + shrink)[:, None]
+    return means

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tta.monitor.calibration import calibrate
 from tta.monitor.charts import Layout
 from tta.monitor.diagnosis import fit_cut
-from tta.monitor.reference import Reference, fit
+from tta.monitor.reference import Reference, class_means, fit
 from tta.packaging.export import Taps
 
 RANK = 16
@@ -90,10 +90,7 @@ def fit_whitening(raw: list[Array], predictions: Array, n_classes: int) -> White
         alive = scale > 1e-6 * max(1e-6, float(scale.max()))
         scale = np.where(alive, scale, np.inf)  # a constant channel carries nothing: its column becomes zero
         standard = (values - mean) / scale
-        sums = np.zeros((n_classes, len(scale)))
-        np.add.at(sums, predictions, standard)
-        counts = np.maximum(1, np.bincount(predictions, minlength=n_classes))
-        residual = standard - (sums / counts[:, None])[predictions]
+        residual = standard - class_means(standard, predictions, n_classes)[predictions]
         variance, axes = np.linalg.eigh(np.cov(residual, rowvar=False).reshape(len(scale), len(scale)))
         order = np.argsort(variance)[::-1]
         most = min(RANK, n_classes - 1 if i == len(raw) - 1 else RANK, len(values) - 1)
