@@ -56,7 +56,7 @@ def test_a_missing_file_is_named(unpacked: Path) -> None:
 def test_a_bundle_of_another_format_is_refused(unpacked: Path) -> None:
     """A manifest of a later format is not guessed at."""
     manifest = unpacked / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 99'))
 
     with pytest.raises(BundleError, match="format 99"):
         load_bundle(unpacked)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from tta.errors import BundleError
 
-FORMAT = 2
+FORMAT = 3
 FILES = ("model.onnx", "weights.safetensors", "reference.safetensors", "anchor.safetensors")
 
 

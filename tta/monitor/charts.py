@@ -116,12 +116,18 @@ class DriftCharts:
         self._z = np.zeros((len(LAMBDAS), self.layout.n_features), np.float32)
         self.n_samples = 0
         self._quiet_until = 0  # samples taken when all charts were last quiet
-        self.statistic = np.zeros(len(self.layout.names), np.float32)  # by block: largest over the speeds
+        self._values = np.zeros((len(LAMBDAS), len(self.layout.names)), np.float32)  # charts over thresholds
+
+    @property
+    def statistic(self) -> Array:
+        """(blocks,) largest over the speeds."""
+        largest: Array = self._values.max(axis=0)
+        return largest
 
     @property
     def drift_detected(self) -> bool:
         """Whether a chart is over its threshold now."""
-        return bool(self.statistic.max() > 1.0)
+        return bool(self._values.max() > 1.0)
 
     def update(self, w: Array) -> Alarm | None:
         """Take samples in order and judge after each one.
@@ -151,15 +157,15 @@ class DriftCharts:
         z += self._lambdas * (w - z)
         values = (z * z) @ self._averages
         values *= self._gain[self.n_samples if self.n_samples < SETTLED else SETTLED - 1]
-        self.statistic = values.max(axis=0)
-        largest = float(self.statistic.max())
+        self._values = values
+        largest = float(values.max())
         self.n_samples += 1
         if largest < QUIET:
             self._quiet_until = self.n_samples
         if largest <= 1.0:
             return None
         lag = self.n_samples - 1 - self._quiet_until
-        return Alarm(0, lag, self.layout.names[int(self.statistic.argmax())], largest)
+        return Alarm(0, lag, self.layout.names[int(values.argmax()) % len(self.layout.names)], largest)
 
     def _walk(self, w: Array) -> Array:
         """Up to `CHUNK` samples at once; (n, blocks) statistics after each."""
@@ -170,12 +176,12 @@ class DriftCharts:
         values = (z * z) @ self._averages
         t = np.minimum(self.n_samples + np.arange(n), SETTLED - 1)
         values *= self._gain[t].transpose(1, 0, 2)
+        self._values = values[:, -1]
         worst: Array = values.max(axis=0)
         return worst
 
     def _judge(self, worst: Array, offset: int) -> Alarm | None:
         """The first of (n, blocks) statistics over 1."""
-        self.statistic = worst[-1]
         before, self.n_samples = self.n_samples, self.n_samples + len(worst)
         largest = worst.max(axis=1)
         if largest.max() <= 1.0:
@@ -194,13 +200,13 @@ class DriftCharts:
     def state(self) -> dict[str, Array]:
         """What `load_state` needs to go on where this left off."""
         counts = np.array([self.n_samples, self._quiet_until])
-        return {"z": self._z.copy(), "counts": counts, "statistic": self.statistic.copy()}
+        return {"z": self._z.copy(), "counts": counts, "values": self._values.copy()}
 
     def load_state(self, state: dict[str, Array]) -> None:
         """Go on from `state()` of charts with the same layout."""
         self._z = np.array(state["z"], np.float32)
         self.n_samples, self._quiet_until = (int(n) for n in state["counts"])
-        self.statistic = np.array(state["statistic"], np.float32)
+        self._values = np.array(state["values"], np.float32)
 
 
 class ClassHistogram:

@@ -8,7 +8,6 @@ shift moves it as far as it ever did.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -32,8 +31,7 @@ class Reference:
         layout: the blocks.
         centroids: (K, D) mean whitened features of each predicted class.
         whitener_of: (K,) row of `whiteners` for each class.
-        whiteners: (G, blocks, R, R) float32, R the widest block; row 0 is the identity; what
-            lies beyond a block's width is 0.
+        whiteners: (G, D, D) float32, block-diagonal; row 0 is the identity.
         w: (N, D) held-out residuals.
         predictions: (N,) predicted classes of the same.
         labels: (N,) true classes of the same.
@@ -86,35 +84,20 @@ class Reference:
         return np.maximum(centred, -CLIP, out=centred)
 
     def _whiten(self, w: Array, which: Array) -> Array:
-        """Each sample by its class's whitener: padded to (n, blocks, R), sorted so that a class is one product."""
-        padded = w.take(self._padding, axis=1).reshape(len(w), *self.whiteners.shape[1:3])
+        """Each sample by its class's whitener; sorted, so that a class is one product."""
         if len(w) == 1:
-            whitened = padded.transpose(1, 0, 2) @ self.whiteners[which[0]]
-            one: Array = whitened.reshape(1, -1).take(self._kept, axis=1)
+            one: Array = w @ self.whiteners[which[0]]
             return one
         order = which.argsort(kind="stable")
-        by_block = padded[order].transpose(1, 0, 2)  # (blocks, n, R)
-        parts, start = [], 0
+        sorted_, out = w[order], np.empty_like(w)
+        start = 0
         for group, count in enumerate(np.bincount(which).tolist()):
             if count:
-                parts.append(by_block[:, start : start + count] @ self.whiteners[group])
-                start += count
-        out = np.empty_like(w)
-        out[order] = np.concatenate(parts, axis=1).transpose(1, 0, 2).reshape(len(w), -1).take(self._kept, axis=1)
-        return out
-
-    @cached_property
-    def _padding(self) -> Array:
-        """(blocks · R,) feature each padded place holds; places beyond a block's width repeat its last."""
-        r = self.whiteners.shape[2]
-        places = zip(self.layout.starts, self.layout.widths, strict=True)
-        return np.concatenate([start + np.minimum(np.arange(r), n - 1) for start, n in places])
-
-    @cached_property
-    def _kept(self) -> Array:
-        """(D,) padded places that are features."""
-        r = self.whiteners.shape[2]
-        return np.concatenate([b * r + np.arange(n) for b, n in enumerate(self.layout.widths)])
+                end = start + count
+                np.matmul(sorted_[start:end], self.whiteners[group], out=out[start:end])
+                start = end
+        sorted_[order] = out
+        return sorted_
 
 
 def fit_whiteners(w: Array, predictions: Array, layout: Layout, n_classes: int) -> tuple[Array, Array]:
@@ -129,19 +112,18 @@ def fit_whiteners(w: Array, predictions: Array, layout: Layout, n_classes: int) 
     Returns:
         `Reference.whitener_of` and `Reference.whiteners`.
     """
-    widest = max(layout.widths)
-    identity = np.stack([np.diag((np.arange(widest) < r).astype(float)) for r in layout.widths])
+    identity = np.eye(layout.n_features)
     whitener_of, whiteners = np.zeros(n_classes, np.int64), [identity]
     for k in range(n_classes):
         own = w[predictions == k]
         if len(own) < MIN_CLASS_SAMPLES:
             continue
         table = identity.copy()
-        for b, (columns, r) in enumerate(zip(layout.columns, layout.widths, strict=True)):
+        for columns, r in zip(layout.columns, layout.widths, strict=True):
             weight = len(own) / (len(own) + SHRINK_RANKS * r)
             covariance = weight * np.cov(own[:, columns], rowvar=False).reshape(r, r) + (1 - weight) * np.eye(r)
             variance, axes = np.linalg.eigh(covariance)
-            table[b, :r, :r] = (axes / np.sqrt(variance)) @ axes.T
+            table[columns, columns] = (axes / np.sqrt(variance)) @ axes.T
         whitener_of[k] = len(whiteners)
         whiteners.append(table)
     return whitener_of, np.stack(whiteners).astype(np.float32)
