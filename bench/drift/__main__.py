@@ -183,8 +183,12 @@ def main() -> int:
     parser.add_argument(
         "--arl", type=int, action="append", help="run lengths to measure; default 1,000 and 10,000"
     )
-    parser.add_argument("--peers-only", action="store_true", help="run the libraries, and nothing else")
-    parser.add_argument("--delays-only", action="store_true", help="measure delays, and nothing else")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=report.MEASURED,
+        help="measure only this, and keep the others' results; default all",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one draw, ARL 1,000, no peers: a look at what changed"
     )
@@ -193,41 +197,43 @@ def main() -> int:
     n_draws = 1 if arguments.quick else arguments.draws
     prepare(lambda what: print(what, flush=True))
     draws = {seed: Draw(seed) for seed in range(max(n_draws, PEER_DRAWS if not arguments.quick else 1))}
-    if arguments.peers_only:
-        peer_results(arguments.peers, draws)
-        return 0
+    parts_ = arguments.part or [p for p in report.MEASURED if p != "peers" or not arguments.quick]
     code = MONITOR
-    found: dict[str, Any] = {
-        "arl": {},
-        "common": {},
-        "delays": {},
-        "diagnosis": [],
-        "recall": [],
-        "slow": [],
-        "whole": [],
-    }
+    found: dict[str, Any] = {}
     lengths = (1000,) if arguments.quick else arguments.arl or (1000, 10_000)
-    for arl in lengths:
-        found["common"][str(arl)], found["delays"][str(arl)] = measure_delays(draws, arl, n_draws)
-    if arguments.delays_only:
-        return 0
-    found["cost"] = cached("cost", 0, code, lambda: parts.cost(draws[0]))
-    found["calibration_s"] = cached("calibration", 0, code, lambda: parts.calibration_cost(draws[0]))
-    for seed in range(n_draws):
-        draw = draws[seed]
-        found["diagnosis"].append(cached("diagnosis", seed, code, lambda d=draw, s=seed: parts.diagnosis(d, s)))
-        found["whole"].append(
-            cached("whole monitor", seed, code, lambda d=draw, s=seed: parts.whole_monitor(d, s))
-        )
-        found["slow"].append(cached("slow tier", seed, code, lambda d=draw, s=seed: parts.slow_tier(d, s)))
-        found["recall"].append(cached("recall", seed, code, lambda d=draw, s=seed: parts.recall(d, s)))
-    for arl in lengths:
-        found["arl"][str(arl)] = [
-            cached("run lengths", [arl, seed], code, lambda d=draws[seed], a=arl: parts.null_run_lengths(d, a))
-            for seed in range(n_draws)
+    if "delays" in parts_:
+        measured = {str(arl): measure_delays(draws, arl, n_draws) for arl in lengths}
+        found["common"] = {arl: common for arl, (common, _) in measured.items()}
+        found["delays"] = {arl: delays for arl, (_, delays) in measured.items()}
+    if "cost" in parts_:
+        found["cost"] = cached("cost", 0, code, lambda: parts.cost(draws[0]))
+    if "calibration" in parts_:
+        found["calibration"] = cached("calibration", 0, code, lambda: parts.calibration_cost(draws[0]))
+    by_draw = {
+        "diagnosis": parts.diagnosis,
+        "whole": parts.whole_monitor,
+        "slow": parts.slow_tier,
+        "recall": parts.recall,
+    }
+    for name in (n for n in by_draw if n in parts_):
+        found[name] = [
+            cached(name, s, code, lambda d=draws[s], s=s, measure=by_draw[name]: measure(d, s))
+            for s in range(n_draws)
         ]
-    found["peers"] = {} if arguments.quick else peer_results(arguments.peers, draws)
+    if "arl" in parts_:
+        found["arl"] = {
+            str(arl): [
+                cached("run lengths", [arl, s], code, lambda d=draws[s], a=arl: parts.null_run_lengths(d, a))
+                for s in range(n_draws)
+            ]
+            for arl in lengths
+        }
+    if "peers" in parts_:
+        found["peers"] = peer_results(arguments.peers, draws)
+    elif arguments.quick:
+        found["peers"] = {}
     command = "python -m bench.drift" + " --peers PYTHON" * len(arguments.peers) + " --quick" * arguments.quick
+    command += "".join(f" --part {p}" for p in arguments.part or ())
     report.write(found, RESULTS, command, commit)
     return 0
 

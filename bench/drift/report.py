@@ -3,6 +3,7 @@
 import datetime
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,17 @@ from bench.corruptions import APPROXIMATE, CORRUPTIONS
 from bench.drift.parts import CENSOR, OTHER_SHIFTS, REGIMES
 
 Json = dict[str, Any]
+KEYS = {  # of the report, by part
+    "cost": ("cost",),
+    "calibration": ("calibration_s",),
+    "recall": ("recall",),
+    "whole": ("whole",),
+    "slow": ("slow",),
+    "diagnosis": ("diagnosis", "cuts"),
+    "arl": ("arl", "calibrations"),
+    "delays": ("own_threshold", "delays", "delays_by_shift"),
+    "peers": ("peers",),
+}
 KINDS = ("input", "feature", "prior", "output")
 OURS = "tta MEWMA | ours"
 SEVERE = tuple(f"{name} {s}" for name in CORRUPTIONS for s in (3, 4, 5))
@@ -63,30 +75,33 @@ def peers_pooled(results: list[Json]) -> Json:
     }
 
 
-def write(found: Json, folder: Path, command: str, commit: str) -> None:
-    """Write drift.json, drift.md and drift.png."""
-    data: Json = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "command": command.strip(),
-        "python": platform.python_version(),
-        "cost": found["cost"],
-        "calibration_s": found["calibration_s"],
-        "recall": found["recall"],
+MEASURED: dict[str, Callable[[Json], Json]] = {  # part, and what the report keeps of it
+    "cost": lambda found: {"cost": found["cost"]},
+    "calibration": lambda found: {"calibration_s": found["calibration"]},
+    "recall": lambda found: {"recall": found["recall"]},
+    "whole": lambda found: {
         "whole": {
             "held": float(np.mean([d["held"] for d in found["whole"]])),
             "delays": summary([n for d in found["whole"] for n in d["delays"]]),
-        },
+        }
+    },
+    "slow": lambda found: {
         "slow": {
             "realised": interval(
                 sum(d["exposure"] for d in found["slow"]), sum(d["alarms"] for d in found["slow"])
             ),
             "delays": summary([n for d in found["slow"] for n in d["delays"]]),
-        },
+        }
+    },
+    "diagnosis": lambda found: {
         "diagnosis": _confusion(found["diagnosis"]),
         "cuts": [(d["cut"], d["cut_right"]) for d in found["diagnosis"]],
+    },
+    "arl": lambda found: {
         "arl": {arl: _run_lengths(draws) for arl, draws in found["arl"].items()},
         "calibrations": {arl: [d["calibration"] for d in draws] for arl, draws in found["arl"].items()},
+    },
+    "delays": lambda found: {
         "own_threshold": {
             arl: [d[OURS]["realised_at_1"] for d in draws] for arl, draws in found["common"].items()
         },
@@ -100,17 +115,50 @@ def write(found: Json, folder: Path, command: str, commit: str) -> None:
             }
             for arl, draws in found["delays"].items()
         },
-        "peers": {name: peers_pooled(results) for name, results in found["peers"].items()},
+    },
+    "peers": lambda found: {"peers": {name: peers_pooled(results) for name, results in found["peers"].items()}},
+}
+
+
+def write(found: Json, folder: Path, command: str, commit: str) -> None:
+    """Write drift.json, drift.md and drift.png.
+
+    Args:
+        found: parts that were measured now; all others stay as drift.json has them, with their commit.
+        folder: of the results.
+        command: that measured.
+        commit: measured now.
+    """
+    path = folder / "drift.json"
+    before: Json = json.loads(path.read_text()) if path.exists() and not set(MEASURED) <= set(found) else {}
+    data: Json = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "command": command.strip(),
+        "python": platform.python_version(),
+        "commits": {part: commit if part in found else before["commits"][part] for part in MEASURED},
     }
+    for part, keep in MEASURED.items():
+        kept = keep(found) if part in found else {k: v for k, v in before.items() if k in KEYS[part]}
+        data.update(kept)
     folder.mkdir(exist_ok=True)
     lines = json.dumps(dict.fromkeys(data, "\x00"), indent=0)
     for value in data.values():  # one line a measurement
         lines = lines.replace('"\\u0000"', json.dumps(_rounded(value)), 1)
-    (folder / "drift.json").write_text(lines + "\n")
+    path.write_text(lines + "\n")
     (folder / "drift.md").write_text("\n".join(_tables(data)) + "\n")
     (folder / "drift_summary.md").write_text("\n".join(_summary(data)) + "\n")
     _picture(data, folder / "drift.png")
     print("\n".join(_tables(data)))
+
+
+def _earlier(data: Json) -> str:
+    """Which parts an earlier commit measured; "" if none."""
+    earlier: dict[str, list[str]] = {}
+    for part, commit in data["commits"].items():
+        if commit != data["commit"]:
+            earlier.setdefault(commit, []).append(part)
+    return "; ".join(f"{', '.join(parts)} at commit {commit}" for commit, parts in earlier.items())
 
 
 def _rounded(value: Any) -> Any:
@@ -182,7 +230,8 @@ def _summary(data: Json) -> list[str]:
             f"{data['calibration_s']['arl 20000']:.1f} s to calibrate",
         )
     )
-    head = f"{data['date']}, commit {data['commit']}, `{data['command']}`:"
+    kept = _earlier(data)
+    head = f"{data['date']}, commit {data['commit']}, `{data['command']}`{f' ({kept})' if kept else ''}:"
     return [head, "", "| | measured |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]
 
 
@@ -223,6 +272,8 @@ def _tables(data: Json) -> list[str]:
         "3,000 others for every stream; corruptions CIFAR-10-C-style, "
         f"{len(CORRUPTIONS) - len(APPROXIMATE)} of 15 by the original formulas, ours in part: {', '.join(APPROXIMATE)}.",
     ]
+    kept = _earlier(data)
+    lines += [f"Kept from before: {kept}."] if kept else []
     for arl, nulls in data["arl"].items():
         n = len(data["calibrations"][arl])
         lines += [
@@ -340,7 +391,7 @@ def _shift_tables(data: Json) -> list[str]:
 def _diagnosis_tables(data: Json) -> list[str]:
     lines = [
         "",
-        "**Diagnosis** (corruptions not like those the cut was fitted on; {len(data['cuts'])} reference draws together)",
+        f"**Diagnosis** (corruptions not like those the cut was fitted on; {len(data['cuts'])} reference draws together)",
         "",
     ]
     for window, result in data["diagnosis"].items():

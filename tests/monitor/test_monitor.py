@@ -99,7 +99,7 @@ def test_the_slow_tier_keeps_its_bound() -> None:
     for seed in range(40):
         detector = ConformalDetector(REFERENCE, 1000)
         fresh = stream(2000, 100 + seed)
-        index = detector.update(fresh.w, fresh.predictions)
+        index = detector.update(fresh.w)
         samples += 2000 if index is None else index + 1
         alarms += index is not None
 
@@ -112,12 +112,18 @@ def test_the_slow_tier_finds_a_shift_that_lasts() -> None:
     wide = replace(wide, w=wide.w * 2)
     whole, parts = ConformalDetector(REFERENCE, 20_000), ConformalDetector(REFERENCE, 20_000)
 
-    index = whole.update(wide.w, wide.predictions)
+    index = whole.update(wide.w)
     starts = range(0, 500, 7)
-    found = [parts.update(wide.w[i : i + 7], wide.predictions[i : i + 7]) for i in starts]
+    found = [parts.update(wide.w[i : i + 7]) for i in starts]
 
     assert index is not None
     assert index == next(i + n for i, n in zip(starts, found, strict=True) if n is not None)
+
+
+def test_the_slow_tier_finds_a_shift_of_the_mean() -> None:
+    """A mean moved by half a standard deviation, which hardly lengthens one residual, is found in 500 samples."""
+    for seed in range(20, 25):
+        assert ConformalDetector(REFERENCE, 20_000).update(stream(500, seed, mean=0.5).w) is not None
 
 
 def test_only_every_nth_sticky_sample_counts() -> None:
@@ -126,8 +132,8 @@ def test_only_every_nth_sticky_sample_counts() -> None:
     samples = stream(300, 9)
     thinned, every = ConformalDetector(REFERENCE, 1e9, stride=5), ConformalDetector(REFERENCE, 1e9)
     for part in (samples[:7], samples[7:130], samples[130:]):
-        thinned.update(part.w, part.predictions)
-    every.update(samples.w[::5], samples.predictions[::5])
+        thinned.update(part.w)
+    every.update(samples.w[::5])
 
     assert thinned.statistic == every.statistic
 

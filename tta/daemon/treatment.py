@@ -343,9 +343,14 @@ class Treatment:
             elif self.case.cause == "charts" or (self.case.cause == "operator" and not self.case.forced):
                 self.happen(Event.QUIET, regime=found.number)
         elif found is not None and (self.config.library.recall != "off" or found.number == HOME):
-            sample = self._suspicion.sequence if self._suspicion else self.case.onset
+            if self._suspicion is not None:
+                sample = self._suspicion.sequence
+            elif self.cycle.state is State.STABLE:  # recognised before a chart crossed
+                sample = self.sequence - WINDOW
+            else:
+                sample = self.case.onset
             if self.cycle.state is State.STABLE:
-                self._open_case("charts", sample if self._suspicion else self.sequence - WINDOW)
+                self._open_case("charts", sample)
             self.case.target = found.number
             self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
         elif self._suspicion is not None and self.watch.n_watched - self._suspected_at > SUSPICION_SAMPLES:

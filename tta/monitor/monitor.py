@@ -131,11 +131,10 @@ class DriftMonitor:
         alarm = self.charts.update(w)
         if self.regime is None:
             self.classes.update(predictions)
-            index = self.conformal.update(w, predictions)
+            index = self.conformal.update(w)
             if index is not None and (alarm is None or index < alarm.index):
-                block = int(self.reference.layout.squares(w[index]).argmax())
-                name = self.reference.layout.names[block]
-                return Alarm(index, 0, name, self.conformal.statistic, "conformal")
+                name = self.reference.layout.names[self.conformal.block]
+                return Alarm(index, self.conformal.span, name, self.conformal.statistic, "conformal")
         return alarm
 
     def _excuse(self, since: int) -> None:
