@@ -305,17 +305,18 @@ class ClassHistogram:
         # Σ z²/π after each sample follows from the z of its class before it, term by term.
         before = self._z[:, c]
         before[:, 1:] *= decay[:, :-1]
-        present, place = np.unique(c, return_inverse=True) if len(self.prior) > CHUNK else (self.prior, c)
+        many = len(self.prior) > CHUNK
+        present, place = np.unique(c, return_inverse=True) if many else (np.arange(len(self.prior)), c)
         one_hot = np.zeros((n, len(present)))
         one_hot[np.arange(n), place] = 1.0
-        before[:, 1:] += (self._paths[:, : n - 1, :n] @ one_hot)[:, np.arange(n - 1), place[1:]]
+        added = self._paths[:, :n, :n] @ one_hot  # (speeds, n, present) to z after each sample
+        before[:, 1:] += added[:, np.arange(n - 1), place[1:]]
         keep = 1 - self._lambdas
         gained = (2 * self._lambdas * keep * before + self._lambdas**2) * inverse  # (speeds, n)
         sums = decay**2 * np.array(self._sum)[:, None] + (self._sums[:, :n, :n] @ gained[..., None])[..., 0]
         largest = ((sums - 1) * self._gain_of(n)).max(axis=0)
-        paths_ = self._paths[:, :n, :n]
         self._z *= decay[:, -1:]
-        np.add.at(self._z.T, c, paths_[:, -1].T)
+        self._z[:, present] += added[:, -1]
         self._sum = sums[:, -1].tolist()
         self.n_samples += n
         self.statistic = float(largest[-1])
