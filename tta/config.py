@@ -20,6 +20,11 @@ from pydantic_settings import (
 
 from tta.errors import ConfigError
 
+# Besides the names of blocks. `race` chooses among blocks, `cross-validate` does so exhaustively, `diagnosis`
+# takes the one the diagnosis names; the others tune the whole network, as the paper's baselines do.
+METHODS = ("all", "l1", "first-to-last", "last-to-first", "auto-rgn", "auto-snr")
+SELECTIONS = ("race", "cross-validate", "diagnosis", *METHODS)
+
 Endpoint = Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")]
 
 # YAML 1.1 reads a bare `off` as false.
@@ -97,20 +102,33 @@ class AdaptConfig(Section):
 
     labels: int = Field(192, ge=16, description="labels since the onset before an adaptation starts")
     max_labels: int = Field(2000, ge=16, description="newest labels that fit, and that judge, at most")
-    selection: str = Field("race", description="race, diagnosis, or a block's name")
-    blocks: int = Field(2, ge=1, le=16, description="blocks that compete")
+    selection: str = Field(
+        "race",
+        description=f"{', '.join(SELECTIONS)}, or a block's name",
+    )
+    blocks: int = Field(2, ge=1, le=16, description="blocks that reach the second rung of the race")
     folds: int = Field(2, ge=2, le=10, description="folds of the choice on the fit labels")
     epochs: int = Field(20, ge=1, le=1000, description="passes over the fit labels")
     batch_size: int = Field(32, ge=2, description="labels a step")
     learning_rates: tuple[float, ...] = Field((1e-3, 3e-3), min_length=1, description="of blocks before the head")
     head_learning_rates: tuple[float, ...] = Field((1e-2, 1e-1), min_length=1, description="of the head")
-    window: int = Field(1500, ge=64, description="unlabelled images to re-estimate normalisation from")
+    window: int = Field(
+        1500,
+        ge=64,
+        description="unlabelled images to re-estimate normalisation from and to tune beside the labels",
+    )
+    unlabelled: float = Field(
+        1.0, ge=0, le=100, description="weight of the unlabelled images in the final fit; 0: labels alone"
+    )
     augment: tuple[Literal["flip", "crop"], ...] = Field(
         ("flip", "crop"), description="changes that keep the class"
     )
     threads: int = Field(1, ge=1, le=256, description="threads of the adapter")
     nice: int = Field(10, ge=0, le=19, description="niceness of adapter and shadow")
     budget_s: float = Field(600.0, gt=0, description="seconds an adaptation may take")
+    memory_bytes: int = Field(
+        1 << 30, ge=0, description="memory for stored outputs of a frozen first part of the network, bytes"
+    )
     retry_labels: int = Field(64, ge=1, description="more labels to wait for after a rejection, at least")
     seed: int = Field(0, ge=0, description="of everything random")
 
@@ -172,8 +190,8 @@ class Config(BaseSettings):
         Raises:
             ConfigError: `adapt.selection` names no block of it.
         """
-        if self.adapt.selection not in ("race", "diagnosis", *blocks):
-            known = ", ".join(("race", "diagnosis", *blocks))
+        if self.adapt.selection not in (*SELECTIONS, *blocks):
+            known = ", ".join((*SELECTIONS, *blocks))
             raise ConfigError(f"adapt.selection = {self.adapt.selection!r}: write one of {known}")
 
     @classmethod

@@ -1,11 +1,11 @@
-"""Which block pulls hardest: relative gradient norm and signal-to-noise ratio of labelled gradients.
+"""How hard labelled gradients pull, and how far they agree: relative gradient norm and signal-to-noise ratio.
 
-Source: Lee et al., Surgical Fine-Tuning, ICLR 2023, Auto-RGN and Auto-SNR. Both are taken here over a whole block:
-RGN(b) = ‖g_b‖₂ / ‖θ_b‖₂; SNR(b) = mean over elements of (mean_x g)² / Var_x g, over examples and not, as in the
-authors' code, over output channels.
+Source: Lee et al., Surgical Fine-Tuning, ICLR 2023, Auto-RGN and Auto-SNR. RGN(t) = ‖g_t‖₂ / ‖θ_t‖₂ and
+SNR(t) = mean over elements of (mean_x g)² / Var_x g, over examples x and not, as in the authors' code, over output
+channels. Of a single tensor they set learning rates (`tta.adapter.surgery`); of a whole block they rank blocks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,50 +15,50 @@ EPS = 1e-12
 
 
 def relative_gradient_norm(
-    model: nn.Module, x: Tensor, y: Tensor, blocks: Mapping[str, Sequence[str]], batch_size: int = 64
+    model: nn.Module, x: Tensor, y: Tensor, groups: Mapping[str, Sequence[str]], batch_size: int = 64
 ) -> dict[str, float]:
-    """Rank blocks by how hard the loss pulls on them per unit of weight.
+    """How hard the loss pulls on each group of tensors, per unit of weight.
 
     Leaves the model as found: same mode, no gradients kept.
 
     Args:
-        model: the network.
-        x: (N, C, H, W) float32, normalised.
+        model: the network, or what is left of it.
+        x: (N, ...) what it takes.
         y: (N,) int64.
-        blocks: block name to parameter names; names that are buffers are passed over.
-        batch_size: images a gradient is taken of; the norms are averaged.
+        groups: name to parameter names, of a block or of one tensor; names that are buffers are passed over.
+        batch_size: images a gradient is taken of; the norms are averaged, as in the authors' code.
 
     Returns:
-        Block name to RGN, >= 0.
+        Name to RGN, >= 0; a group of zeros has a norm of `EPS`.
     """
-    totals = dict.fromkeys(blocks, 0.0)
+    totals = dict.fromkeys(groups, 0.0)
     batches = 0
     for gradients in _gradients(model, x, y, batch_size):
         batches += 1
-        for name, members in blocks.items():
+        for name, members in groups.items():
             squares = sum(float(gradients[m].square().sum()) for m in members if m in gradients)
             totals[name] += squares**0.5
     parameters = dict(model.named_parameters())
     norms = {
         name: sum(float(parameters[m].detach().square().sum()) for m in members if m in parameters) ** 0.5
-        for name, members in blocks.items()
+        for name, members in groups.items()
     }
-    return {name: totals[name] / max(1, batches) / (norms[name] + EPS) for name in blocks}
+    return {name: totals[name] / max(1, batches) / (norms[name] + EPS) for name in groups}
 
 
 def signal_to_noise(
-    model: nn.Module, x: Tensor, y: Tensor, blocks: Mapping[str, Sequence[str]]
+    model: nn.Module, x: Tensor, y: Tensor, groups: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Rank blocks by how much the examples' gradients agree.
+    """How far the examples' gradients of each group agree.
 
     Args:
         model: see `relative_gradient_norm`.
-        x: (N, C, H, W), N >= 2; one backward pass an image.
+        x: (N, ...), N >= 2; one backward pass an image.
         y: (N,) int64.
-        blocks: block name to parameter names.
+        groups: name to parameter names.
 
     Returns:
-        Block name to the mean over its elements of squared mean over variance.
+        Name to the mean over its elements of squared mean over variance.
     """
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ def signal_to_noise(
             second[name] = second.get(name, torch.zeros_like(g)) + g.square()
     n = len(x)
     result = {}
-    for name, members in blocks.items():
+    for name, members in groups.items():
         ratio, count = 0.0, 0
         for m in members:
             if m in first:
@@ -80,7 +80,7 @@ def signal_to_noise(
     return result
 
 
-def _gradients(model: nn.Module, x: Tensor, y: Tensor, batch_size: int):  # type: ignore[no-untyped-def]
+def _gradients(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Iterator[dict[str, Tensor]]:
     parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     flags = {n: p.requires_grad for n, p in parameters.items()}
     for p in parameters.values():

@@ -1,15 +1,18 @@
-"""Choose where to start and which block to tune, from the fit labels alone.
+"""Choose where to start and what to tune, from the fit labels alone.
 
-1. Starts (source, normalisation re-estimated, serving, a remembered version) are scored as they are: no label has
-   been fitted yet, so their accuracy on the fit labels is honest.
-2. Blocks are ranked: the diagnosis' first, then by relative gradient norm; the first few compete.
-3. Block × learning rate are compared by stratified k-fold. Among those within one standard error of the best the
-   first in rank wins (the one-standard-error rule of Breiman et al., CART, 1984): few labels order blocks badly,
-   and the diagnosis has seen many more samples. The winner is tuned on all fit labels.
+1. Starts (source, normalisation re-estimated in several ways, serving, remembered versions) are scored as they
+   are: no label has been fitted yet, so their accuracy on the fit labels is honest.
+2. Blocks are ranked: the diagnosis' first, then by relative gradient norm.
+3. Block × learning rate compete by successive halving (Jamieson and Talwalkar, AISTATS 2016): all of them in a
+   short fit judged by one fold of the labels. If the first in rank is best, that is it; else the best rate of the
+   best few blocks is judged by every fold, and among those within one standard error of the best the first in rank
+   wins (the one-standard-error rule of Breiman et al., CART, 1984): few labels order blocks badly, and the
+   diagnosis has seen many more samples.
+4. The winner is tuned on all fit labels, with the unlabelled window beside them.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
@@ -18,10 +21,15 @@ import torch
 from torch import Tensor
 
 from tta.adapter.criteria import relative_gradient_norm
-from tta.adapter.surgery import Patient, Plan, State, adapt
+from tta.adapter.methods import Anatomy, Rates, block_plans, every_block, method_plans
+from tta.adapter.patient import Patient, State
+from tta.adapter.surgery import Plan, adapt
+from tta.adapter.views import Labels, Views, views_for
+from tta.config import METHODS, SELECTIONS
 from tta.errors import AdaptationError
 
 Progress = Callable[[str, int, int], None]
+SHORT, LONG = 0.25, 0.5  # of the epochs: fits of the first rung, and of the second
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,18 @@ class Settings:
     learning_rates: tuple[float, ...]
     head_learning_rates: tuple[float, ...]
     augment: tuple[str, ...]
+    unlabelled: float
     budget_s: float
+    memory_bytes: int
     seed: int
+
+    def fit(self) -> Plan:
+        """What every plan has in common."""
+        return Plan("", (), 0.0, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed)
+
+    def rates(self) -> Rates:
+        """To try."""
+        return Rates(tuple(self.learning_rates), tuple(self.head_learning_rates))
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class Result:
 
     Attributes:
         state: its weights.
-        block: tuned; "" if the start alone was best.
+        block: what was tuned: a block or a method.
         start: where it began.
         report: every score.
     """
@@ -57,108 +75,200 @@ class Result:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def race(
-    patient: Patient,
-    starts: Mapping[str, State],
-    blocks: Mapping[str, tuple[str, ...]],
-    images: Tensor,
-    y: Tensor,
-    suited: str,
-    settings: Settings,
-    progress: Progress,
-) -> Result:
-    """Find the best candidate.
+class Race:
+    """One choice and the fit that follows it.
 
     Args:
         patient: the network.
         starts: name to weights; "source" is among them.
-        blocks: name to tensors, the head last.
-        images: (N, C, H, W) in [0, 1], the fit labels' images.
-        y: (N,) int64.
+        anatomy: its blocks.
+        labels: to fit.
+        window: (M, C, H, W) unlabelled images in [0, 1], or None.
         suited: block the diagnosis names; "" if it names none.
         settings: see there.
         progress: told (what, done, of).
-
-    Raises:
-        AdaptationError: one class only, an unknown block, or no time for a single candidate.
     """
-    began = monotonic()
-    if len(torch.unique(y)) < 2:
-        raise AdaptationError(f"all {len(y)} labels are of one class: nothing can be told apart")
 
-    # 1. Where to start.
-    scores = {}
-    for name, state in starts.items():
-        patient.load(state)
-        scores[name] = patient.accuracy(images, y)
-    start = max(scores, key=lambda name: scores[name])
+    def __init__(
+        self,
+        patient: Patient,
+        starts: Mapping[str, State],
+        anatomy: Anatomy,
+        labels: Labels,
+        window: Tensor | None,
+        suited: str,
+        settings: Settings,
+        progress: Progress,
+    ) -> None:
+        self.patient = patient
+        self.starts = starts
+        self.anatomy = anatomy
+        self.labels = labels
+        self.window = window
+        self.suited = suited
+        self.settings = settings
+        self.progress = progress
+        self._known = torch.nonzero(~labels.wrong)[:, 0]
+        self._began = monotonic()
+        self._views: dict[str, Views] = {}
+        self._longest = 0.0  # seconds that one such would have taken
 
-    # 2. Which blocks compete.
-    patient.load(starts[start])
-    rgn = relative_gradient_norm(patient.model, patient.normalise(images), y, blocks)
-    ranked = sorted(blocks, key=lambda name: -rgn[name])
-    chosen = _competitors(settings, ranked, suited, blocks)
-    head = list(blocks)[-1]
-    plans = [
-        Plan(b, blocks[b], lr, settings.epochs, settings.batch_size, settings.augment, settings.seed)
-        for b in chosen
-        for lr in (settings.head_learning_rates if b == head else settings.learning_rates)
-    ]
+    def run(self) -> Result:
+        """Find the best candidate.
 
-    # 3. Compare them on labels they were not tuned on.
-    folds = stratified_folds(y.cpu().numpy(), settings.folds, settings.seed)
-    results: dict[Plan, float] = {}
-    for i, plan in enumerate(plans):
-        progress("race", i, len(plans) + 1)
-        elapsed = monotonic() - began
-        if results and elapsed + 2 * elapsed / len(results) > settings.budget_s:
-            break  # keep time for the final fit
-        if len(plans) > 1:
-            results[plan] = _cross_validate(patient, starts[start], images, y, plan, folds)
-        else:
-            results[plan] = scores[start]
-    best = max(results.values())
-    winner = next(p for p, accuracy in results.items() if accuracy >= best - _standard_error(best, len(y)))
-    if monotonic() - began > settings.budget_s:
-        raise AdaptationError(f"adapt.budget_s = {settings.budget_s:g} s is too short for one candidate")
+        Raises:
+            AdaptationError: one class only, an unknown block, or no time for a single candidate.
+        """
+        classes = torch.unique(self.labels.y[self._known])
+        if len(classes) < 2:
+            raise AdaptationError(f"all {len(self._known)} labels are of one class: nothing can be told apart")
+        scores = {}
+        for name, state in self.starts.items():
+            self.patient.load(state)
+            scores[name] = self.patient.accuracy(self.labels.images[self._known], self.labels.y[self._known])
+        self.start = max(scores, key=lambda name: scores[name])
+        order, rgn = self._order()
+        plans = self._entrants(order)
+        rungs = self._rungs(plans)
+        winner = rungs[-1][0] if rungs else plans[0]
+        self.progress("fit", len(plans), len(plans) + 1)
+        self.patient.load(self.starts[self.start])
+        everything = torch.arange(len(self.labels), device=self.patient.device)
+        weight = self.settings.unlabelled
+        adapt(
+            self.patient.model,
+            self._views_of(winner),
+            everything,
+            replace(winner, unlabelled=weight),
+            self._in_time,
+        )
+        report = {
+            "starts": {name: round(score, 4) for name, score in scores.items()},
+            "rgn": {name: round(value, 6) for name, value in rgn.items()},
+            "race": [entry for _, entries in rungs for entry in entries],
+            "learning_rate": winner.learning_rate,
+            "n_fit": len(self.labels),
+            "n_unlabelled": 0 if self.window is None or not weight else len(self.window),
+            "seconds": round(monotonic() - self._began, 3),
+        }
+        self.progress("fit", len(plans) + 1, len(plans) + 1)
+        return Result(self.patient.state(), winner.name, self.start, report)
 
-    # 4. Fit the winner on all labels, unless the start itself is clearly better. The comparison is unfair to the
-    # winner, which had fewer labels, and the gate compares the two again on other labels.
-    progress("fit", len(plans), len(plans) + 1)
-    patient.load(starts[start])
-    block = ""
-    if len(plans) == 1 or results[winner] >= scores[start] - 2 * _standard_error(scores[start], len(y)):
-        adapt(patient, images, y, winner)
-        block = winner.block
-    report = {
-        "starts": {name: round(score, 4) for name, score in scores.items()},
-        "rgn": {name: round(value, 6) for name, value in rgn.items()},
-        "race": [
-            {"block": p.block, "learning_rate": p.learning_rate, "accuracy": round(a, 4)}
-            for p, a in results.items()
-        ],
-        "n_fit": len(y),
-        "seconds": round(monotonic() - began, 3),
-    }
-    progress("fit", len(plans) + 1, len(plans) + 1)
-    return Result(patient.state(), block, start, report)
+    def _order(self) -> tuple[list[str], dict[str, float]]:
+        """Blocks, the likeliest first, and their RGN at the start."""
+        self.patient.load(self.starts[self.start])
+        x = self.patient.normalise(self.labels.images[self._known])
+        rgn = relative_gradient_norm(self.patient.model, x, self.labels.y[self._known], self.anatomy.tensors)
+        ranked = sorted(rgn, key=lambda name: (name != self.suited, -rgn[name]))
+        return ranked, rgn
+
+    def _entrants(self, order: Sequence[str]) -> list[Plan]:
+        s, anatomy = self.settings, self.anatomy
+        if s.selection in METHODS:
+            return method_plans(anatomy, s.selection, s.rates(), s.fit())
+        if s.selection == "diagnosis" and self.suited in anatomy.tensors:
+            return block_plans(anatomy, self.suited, s.rates(), s.fit())
+        if s.selection in ("race", "cross-validate", "diagnosis"):
+            return every_block(anatomy, order, s.rates(), s.fit())
+        if s.selection not in anatomy.tensors:
+            known = ", ".join((*SELECTIONS, *anatomy.tensors))
+            raise AdaptationError(f"adapt.selection = {s.selection!r}: write one of {known}")
+        return block_plans(anatomy, s.selection, s.rates(), s.fit())
+
+    def _rungs(self, plans: list[Plan]) -> list[tuple[Plan, list[dict[str, Any]]]]:
+        """Winner and scores of each rung; empty where there is nothing to choose."""
+        folds = stratified_folds(self.labels.y.cpu().numpy(), self.settings.folds, self.settings.seed)
+        if len(plans) == 1:
+            return []
+        if self.settings.selection != "race":
+            return [self._rung(plans, folds, 1.0)[:2]]
+        first = self._rung(plans, folds[:1], SHORT)
+        finalists = self._finalists(first[2])
+        if max(first[2], key=lambda plan: first[2][plan]) is finalists[0]:
+            return [(finalists[0], first[1])]  # the short fits agree with the rank
+        return [first[:2], self._rung(finalists, folds, LONG)[:2]]
+
+    def _finalists(self, scores: Mapping[Plan, float]) -> list[Plan]:
+        """The best rate of each of the best blocks, in the order of rank; the first in rank is always one."""
+        best: dict[str, Plan] = {}
+        for plan, score in scores.items():
+            if plan.name not in best or score > scores[best[plan.name]]:
+                best[plan.name] = plan
+        first, *others = best.values()
+        others.sort(key=lambda plan: -scores[plan])
+        chosen = {first, *others[: self.settings.n_blocks - 1]}
+        return [plan for plan in best.values() if plan in chosen]
+
+    def _rung(
+        self, plans: Sequence[Plan], folds: Sequence[Any], share: float
+    ) -> tuple[Plan, list[dict[str, Any]], dict[Plan, float]]:
+        """Compare plans with a share of the epochs on folds held out; the winner, all scores, and by plan."""
+        scores: dict[Plan, float] = {}
+        held = sum(map(len, folds))
+        for i, plan in enumerate(plans):
+            self.progress("race" if share < 1 else "cross-validation", i, len(plans) + 1)
+            if scores and self._late(share, len(folds)):
+                break
+            began = monotonic()
+            scores[plan] = self._cross_validate(replace(plan, epochs=max(1, round(plan.epochs * share))), folds)
+            self._longest = max(self._longest, (monotonic() - began) / share / len(folds))
+        best = max(scores.values())
+        within = best - _standard_error(best, held)
+        winner = next(p for p, accuracy in scores.items() if accuracy >= within)
+        rung = {"epochs": max(1, round(self.settings.epochs * share)), "folds": len(folds)}
+        entries = [
+            {"block": p.name, "learning_rate": p.learning_rate, "accuracy": round(a, 4), **rung}
+            for p, a in scores.items()
+        ]
+        return winner, entries, scores
+
+    def _over(self) -> bool:
+        return monotonic() - self._began > self.settings.budget_s
+
+    def _in_time(self, done: float) -> None:
+        if self._over():
+            raise AdaptationError(f"adapt.budget_s = {self.settings.budget_s:g} s is too short for one candidate")
+
+    def _late(self, share: float, n_folds: int) -> bool:
+        """Whether one more comparison would leave no time for the final fit (with the window: twice a fit)."""
+        elapsed = monotonic() - self._began
+        return elapsed + self._longest * (share * n_folds + 4) > self.settings.budget_s
+
+    def _cross_validate(self, plan: Plan, folds: Sequence[Any]) -> float:
+        """Mean accuracy on held-out labels; 0 for a plan that diverges."""
+        views = self._views_of(plan)
+        labels, right, n = self.labels, 0.0, 0
+        for held in folds:
+            mask = np.ones(len(labels), bool)
+            mask[held] = False
+            fit = torch.from_numpy(np.flatnonzero(mask)).to(self.patient.device)
+            rest = torch.from_numpy(held).to(self.patient.device)
+            rest = rest[~labels.wrong[rest]]
+            self.patient.load(self.starts[self.start])
+            n += len(rest)
+            try:
+                adapt(self.patient.model, views, fit, plan, self._in_time)
+            except AdaptationError:
+                if plan.learning_rate <= 0 or self._over():
+                    raise
+                continue
+            right += self.patient.accuracy(labels.images[rest], labels.y[rest]) * len(rest)
+        return right / max(1, n)
+
+    def _views_of(self, plan: Plan) -> Views:
+        """Stored once for all plans of a block, since all have the same start."""
+        if plan.name not in self._views:
+            self.patient.load(self.starts[self.start])
+            cut = self.anatomy.cut_before(plan.name) if plan.name in self.anatomy.tensors else None
+            s = self.settings
+            self._views[plan.name] = views_for(
+                self.patient, self.labels, self.window, s.augment, cut, s.memory_bytes, s.seed
+            )
+        return self._views[plan.name]
 
 
 def _standard_error(accuracy: float, n: int) -> float:
     return float((max(accuracy * (1 - accuracy), 1e-4) / n) ** 0.5)
-
-
-def _competitors(settings: Settings, ranked: list[str], suited: str, blocks: Mapping[str, Any]) -> list[str]:
-    if settings.selection in blocks:
-        return [settings.selection]
-    if settings.selection == "diagnosis" and suited in blocks:
-        return [suited]
-    if settings.selection not in ("race", "diagnosis"):
-        raise AdaptationError(
-            f"adapt.selection = {settings.selection!r}: write race, diagnosis or one of {', '.join(blocks)}"
-        )
-    first = [suited] if suited in blocks else []
-    return (first + [b for b in ranked if b != suited])[: settings.n_blocks]
 
 
 def stratified_folds(y: Any, k: int, seed: int) -> list[Any]:
@@ -167,22 +277,3 @@ def stratified_folds(y: Any, k: int, seed: int) -> list[Any]:
     shuffled = rng.permutation(len(y))
     order = shuffled[np.argsort(y[shuffled], kind="stable")]
     return [order[i::k] for i in range(min(k, len(y)))]
-
-
-def _cross_validate(
-    patient: Patient, start: State, images: Tensor, y: Tensor, plan: Plan, folds: list[Any]
-) -> float:
-    """Mean held-out accuracy. As many epochs as the final fit gets: fewer would favour high learning rates."""
-    right = 0.0
-    for held in folds:
-        mask = np.ones(len(y), bool)
-        mask[held] = False
-        fit = torch.from_numpy(np.flatnonzero(mask)).to(patient.device)
-        rest = torch.from_numpy(held).to(patient.device)
-        patient.load(start)
-        try:
-            adapt(patient, images[fit], y[fit], plan)
-        except AdaptationError:  # this learning rate diverges: it cannot win
-            continue
-        right += patient.accuracy(images[rest], y[rest]) * len(held)
-    return right / len(y)

@@ -1,225 +1,223 @@
-"""Surgical fine-tuning: change one block of the network with few labels. No I/O; seeded; deterministic on a CPU.
+"""Fine-tune chosen tensors of a network with few labels and, beside them, unlabelled images. No I/O; seeded.
 
-Source: Lee et al., Surgical Fine-Tuning, ICLR 2023. Differs in where it starts: normalisation statistics may have
-been re-estimated from the unlabelled shifted window first, which alone cures most of an input-level shift.
+One procedure serves surgery on a block and everything it is compared with; a `Plan` says what may change and how
+fast. Normalisation statistics stay as they are throughout, as they will when serving.
+
+Source: Lee et al., Surgical Fine-Tuning, ICLR 2023, for the rules. Information maximisation on the unlabelled
+images (sure of each, different over all) is that of SHOT (Liang et al., ICML 2020, equations 3 to 5).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import kornia.augmentation as ka
-import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tta.adapter.criteria import relative_gradient_norm, signal_to_noise
+from tta.adapter.patient import State
+from tta.adapter.views import Views
 from tta.errors import AdaptationError
 
-HEAD_VIEWS = 8  # augmented views a head is tuned on; the frozen body runs once over each
-EVAL_BATCH = 128
-NORM_BATCH = 250
-
-State = dict[str, Tensor]
+Tick = Callable[[float], None]
+Rule = Literal["fixed", "first-to-last", "last-to-first", "auto-rgn", "auto-snr"]
+RGN_BATCHES, RGN_BATCH = 5, 64  # labels RGN is taken on each epoch, as in the authors' code
+SNR_EXAMPLES = 32  # one backward pass each
+SNR_THRESHOLD = 0.5  # of the largest tensor's SNR, under which a tensor is frozen
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a block is tuned.
+    """What may change, and how.
 
     Attributes:
-        block: its name.
-        tensors: state_dict names in the block.
+        name: a block, or a method such as "all"; for people.
+        parts: state_dict names of the tensors that may change, block by block in the order of depth.
         learning_rate: of Adam at the start; it falls to 0 along a cosine.
+        head_learning_rate: of the last part, if it is to have its own.
+        rule: "fixed": everything at the learning rate; "first-to-last", "last-to-first": one more part in each
+            equal share of the epochs; "auto-rgn": each epoch a tensor's rate is scaled by its RGN over the
+            largest; "auto-snr": each epoch only tensors with at least `SNR_THRESHOLD` of the largest SNR.
+        l1: weight of the L1 distance to where it started.
+        unlabelled: weight of information maximisation on the unlabelled images.
         epochs: passes over the labels.
-        augment: which of "flip" and "crop" keep the class.
+        batch_size: labels a step, and unlabelled images.
     """
 
-    block: str
-    tensors: tuple[str, ...]
+    name: str
+    parts: tuple[tuple[str, ...], ...]
     learning_rate: float
-    epochs: int
-    batch_size: int
-    augment: tuple[str, ...]
-    seed: int
+    head_learning_rate: float | None = None
+    rule: Rule = "fixed"
+    l1: float = 0.0
+    unlabelled: float = 0.0
+    epochs: int = 20
+    batch_size: int = 32
+    seed: int = 0
 
 
-class Patient:
-    """The network on the table: its module, its preprocessing, and ways to look at it."""
-
-    def __init__(
-        self, model: nn.Module, head: str, mean: Sequence[float], std: Sequence[float], device: str
-    ) -> None:
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
-        self.head = head
-        self._mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1)
-        self._std = torch.tensor(std, device=self.device).view(1, -1, 1, 1)
-
-    def images(self, x: npt.NDArray[Any]) -> Tensor:
-        """(N, H, W, C) uint8 to (N, C, H, W) float32 in [0, 1] on the device."""
-        return torch.from_numpy(np.array(x)).to(self.device).permute(0, 3, 1, 2).float() / 255
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """What the network's first layer takes."""
-        return (images - self._mean) / self._std
-
-    def state(self) -> State:
-        """A copy of the present weights."""
-        return {n: t.detach().clone() for n, t in self.model.state_dict().items()}
-
-    def load(self, state: State) -> None:
-        """Set all weights."""
-        self.model.load_state_dict(state)
-
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """(N, K) of images (N, C, H, W) in [0, 1]."""
-        return torch.cat([self.model(self.normalise(b)) for b in torch.split(images, EVAL_BATCH)])
-
-    def accuracy(self, images: Tensor, y: Tensor) -> float:
-        """Share of labels the present weights get right."""
-        return float((self.logits(images).argmax(1) == y).float().mean())
-
-    def has_batch_norm(self) -> bool:
-        """Whether there are statistics to re-estimate."""
-        return any(_is_batch_norm(m) for m in self.model.modules())
-
-    @torch.no_grad()
-    def estimate_normalisation(self, window: Tensor) -> None:
-        """Replace running statistics by those of unlabelled images (N, C, H, W); fixed afterwards."""
-        norms: list[Any] = [m for m in self.model.modules() if _is_batch_norm(m)]
-        momenta = [m.momentum for m in norms]
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # cumulative average: every image counts the same
-            m.train()
-        try:
-            order = torch.randperm(len(window), generator=torch.Generator().manual_seed(0))
-            for chunk in order.tensor_split(max(1, round(len(window) / NORM_BATCH))):
-                self.model(self.normalise(window[chunk.to(self.device)]))
-        finally:
-            for m, momentum in zip(norms, momenta, strict=True):
-                m.momentum = momentum
-                m.eval()
-
-
-def _is_batch_norm(module: nn.Module) -> Any:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-
-
-def augmentation(names: Sequence[str], height: int, width: int) -> nn.Module:
-    """Changes of an image that keep its class.
-
-    Raises:
-        AdaptationError: an unknown name.
-    """
-    layers: list[nn.Module] = []
-    for name in names:
-        if name == "flip":
-            layers.append(ka.RandomHorizontalFlip(p=0.5))
-        elif name == "crop":
-            pad = max(1, height // 8)
-            layers.append(ka.RandomCrop((height, width), padding=pad, padding_mode="reflect"))
-        else:
-            raise AdaptationError(f"augmentation {name!r} is not known: write flip or crop")
-    return nn.Sequential(*layers)
-
-
-def adapt(patient: Patient, images: Tensor, y: Tensor, plan: Plan) -> None:
-    """Tune one block in place; every other tensor stays bit-identical.
-
-    Batch normalisation uses its fixed statistics throughout, as it will when serving.
+def adapt(model: nn.Module, views: Views, rows: Tensor, plan: Plan, tick: Tick = lambda done: None) -> None:
+    """Tune in place; every tensor that the plan does not name stays bit-identical.
 
     Args:
-        patient: with the weights to start from.
-        images: (N, C, H, W) in [0, 1].
-        y: (N,) int64.
-        plan: what to tune and how.
+        model: whose parameters change, with the weights to start from.
+        views: of the labels and unlabelled images, for the part of the model that the plan's tensors lie in.
+        rows: (n,) int64, which of the labels to fit.
+        plan: see there.
+        tick: told before every step which share is done, in [0, 1); may raise to stop.
 
     Raises:
-        AdaptationError: no labels, a block without parameters, or a loss that is not finite.
+        AdaptationError: no labels, nothing to tune, a learning rate that is not above 0, or a loss that is not
+            finite.
     """
-    if len(y) == 0:
+    if not len(rows) and not (plan.unlabelled and views.n_window):
         raise AdaptationError("no labels to fit")
     if plan.learning_rate <= 0:
         raise AdaptationError(f"learning rate {plan.learning_rate:g} changes nothing: give one above 0")
-    parameters = [p for n, p in patient.model.named_parameters() if n in set(plan.tensors)]
-    if not parameters:
-        raise AdaptationError(f"block {plan.block!r} has no parameters")
-    flags = [p.requires_grad for p in patient.model.parameters()]
-    patient.model.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
-    with torch.random.fork_rng(devices=[]):
+    named = set().union(*plan.parts)
+    tuned = {n: p for n, p in model.named_parameters() if n in named}
+    if not tuned:
+        raise AdaptationError(f"block {plan.name!r} has no parameters")
+    n_steps = max(1, math.ceil(len(rows) / plan.batch_size)) if len(rows) else window_steps(views, plan)
+    with _unfrozen(model, tuned), torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        try:
-            if _is_inside_head(plan, patient):
-                _tune_head(patient, images, y, plan, parameters)
-            else:
-                _tune_block(patient, images, y, plan, parameters)
-        finally:
-            for p, flag in zip(patient.model.parameters(), flags, strict=True):
-                p.requires_grad_(flag)
-                p.grad = None
+        start = {n: p.detach().clone() for n, p in tuned.items()} if plan.l1 else {}
+        optimizer: torch.optim.Adam | None = None
+        for epoch in range(plan.epochs):
+            if optimizer is None or plan.rule in ("auto-rgn", "auto-snr"):
+                optimizer = torch.optim.Adam(_groups(tuned, views, rows, plan))
+            if plan.rule in ("first-to-last", "last-to-first"):
+                _unfreeze(tuned, plan, epoch)
+            order = torch.randperm(len(rows))
+            batches = torch.split(order, plan.batch_size) if len(rows) else [rows[:0]] * n_steps
+            for i, batch in enumerate(batches):
+                done = (epoch * n_steps + i) / (plan.epochs * n_steps)
+                tick(done)
+                loss = _loss(views, rows[batch.to(rows.device)], plan)
+                for n, p in start.items():
+                    loss = loss + plan.l1 * (tuned[n] - p).abs().sum()
+                if not torch.isfinite(loss):
+                    raise AdaptationError("the loss is not finite: the learning rate is too high")
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"] * (1 + math.cos(math.pi * done)) / 2
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
 
 
-def _is_inside_head(plan: Plan, patient: Patient) -> bool:
-    return all(t.startswith(patient.head + ".") for t in plan.tensors)
+def window_steps(views: Views, plan: Plan) -> int:
+    """Steps of an epoch without labels: over the unlabelled images once."""
+    return max(1, views.n_window // plan.batch_size)
 
 
-def _optimizer(parameters: list[nn.Parameter], plan: Plan, n: int) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.Adam(parameters, lr=plan.learning_rate)
-    steps = plan.epochs * max(1, -(-n // plan.batch_size))
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+def _loss(views: Views, rows: Tensor, plan: Plan) -> Tensor:
+    inputs = [views.labelled(rows)] if len(rows) else []
+    if plan.unlabelled and views.n_window:
+        inputs.append(views.unlabelled(plan.batch_size))
+    logits = views.part(torch.cat(inputs))
+    total = torch.zeros((), device=logits.device)
+    if len(rows):
+        total = total + label_loss(logits[: len(rows)], views.labels.y[rows], views.labels.wrong[rows])
+    if len(logits) > len(rows):
+        total = total - plan.unlabelled * information(logits[len(rows) :])
+    return total
 
 
-def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    if not torch.isfinite(loss):
-        raise AdaptationError("the loss is not finite: the learning rate is too high")
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    schedule.step()
+def label_loss(logits: Tensor, y: Tensor, wrong: Tensor) -> Tensor:
+    """Mean cross-entropy of the class; of "not this class" where only that is known: -log(1 - p_y)."""
+    log_p = F.log_softmax(logits, dim=1).gather(1, y[:, None])[:, 0]
+    against = -torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
+    return torch.where(wrong, against, -log_p).mean()
 
 
-def _tune_block(patient: Patient, images: Tensor, y: Tensor, plan: Plan, parameters: list[nn.Parameter]) -> None:
-    augment = augmentation(plan.augment, *images.shape[-2:])
-    optimizer, schedule = _optimizer(parameters, plan, len(y))
-    for _ in range(plan.epochs):
-        for index in torch.split(torch.randperm(len(y)), plan.batch_size):
-            index = index.to(patient.device)
-            views = patient.normalise(augment(images[index]))
-            _step(F.cross_entropy(patient.model(views), y[index]), optimizer, schedule)
+def information(logits: Tensor) -> Tensor:
+    """Mutual information between image and predicted class, in nats: entropy of the mean less mean entropy."""
+    log_p = F.log_softmax(logits, dim=1)
+    mean = log_p.exp().mean(dim=0)
+    return -(mean * mean.clamp_min(1e-8).log()).sum() + (log_p.exp() * log_p).sum(dim=1).mean()
 
 
-def _tune_head(patient: Patient, images: Tensor, y: Tensor, plan: Plan, parameters: list[nn.Parameter]) -> None:
-    """The body is frozen: run it once over a fixed set of views and tune on what it gives."""
-    augment = augmentation(plan.augment, *images.shape[-2:])
-    head = patient.model.get_submodule(patient.head)
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
+@contextmanager
+def _unfrozen(model: nn.Module, tuned: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Only these parameters get gradients."""
+    flags = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
+    for p in tuned.values():
+        p.requires_grad_(True)
     try:
-        views = [images, *(augment(images) for _ in range(HEAD_VIEWS - 1))] if plan.augment else [images]
-        for view in views:
-            patient.logits(view)
+        yield
     finally:
-        handle.remove()
-    features = torch.cat(seen)
-    targets = y.repeat(len(views))
-    optimizer, schedule = _optimizer(parameters, plan, len(y))
-    for _ in range(plan.epochs):
-        # As many steps an epoch as any block gets, each over another draw of the views.
-        for index in torch.split(torch.randperm(len(targets))[: len(y)], plan.batch_size):
-            index = index.to(patient.device)
-            _step(F.cross_entropy(head(features[index]), targets[index]), optimizer, schedule)
+        for p, flag in zip(model.parameters(), flags, strict=True):
+            p.requires_grad_(flag)
+            p.grad = None
 
 
-def delta_of(state: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
+def _groups(tuned: Mapping[str, nn.Parameter], views: Views, rows: Tensor, plan: Plan) -> list[dict[str, Any]]:
+    """Adam's groups, each with the `rate` that the schedule starts from."""
+    last = set(plan.parts[-1])
+    own = plan.learning_rate if plan.head_learning_rate is None else plan.head_learning_rate
+    rates = {n: own if n in last else plan.learning_rate for n in tuned}
+    if plan.rule in ("auto-rgn", "auto-snr"):
+        rates = {n: rates[n] * factor for n, factor in _factors(tuned, views, rows, plan).items()}
+    return [{"params": [tuned[n]], "rate": rate, "lr": rate} for n, rate in rates.items() if rate > 0]
+
+
+def _factors(tuned: Mapping[str, nn.Parameter], views: Views, rows: Tensor, plan: Plan) -> dict[str, float]:
+    """Each tensor's share of the learning rate in this epoch, in [0, 1].
+
+    Weights of two and more dimensions have a criterion of their own; a bias goes with its weight. Normalisation is
+    left out, as in the authors' code, by what a tensor is and not by its name.
+    """
+    weights = [n for n, p in tuned.items() if p.ndim >= 2]
+    rows = rows[~views.labels.wrong[rows]]
+    n = min(len(rows), RGN_BATCHES * RGN_BATCH if plan.rule == "auto-rgn" else SNR_EXAMPLES)
+    chosen = rows[torch.randperm(len(rows))[:n].to(rows.device)]
+    x, y = views.labelled(chosen), views.labels.y[chosen]
+    groups = {name: (name,) for name in weights}
+    if plan.rule == "auto-rgn":
+        scores = relative_gradient_norm(views.part, x, y, groups, RGN_BATCH)
+    else:
+        scores = signal_to_noise(views.part, x, y, groups)
+    largest = max(scores.values(), default=0.0) or 1.0
+    share = {n: s / largest for n, s in scores.items()}
+    if plan.rule == "auto-snr":
+        share = {n: float(s >= SNR_THRESHOLD) for n, s in share.items()}
+    biases = {n: f"{n.removesuffix('.bias')}.weight" for n in tuned if n.endswith(".bias")}
+    return {**share, **{n: share[weight] for n, weight in biases.items() if weight in share}}
+
+
+def _unfreeze(tuned: Mapping[str, nn.Parameter], plan: Plan, epoch: int) -> None:
+    """Gradual unfreezing: let one more part move in each equal share of the epochs."""
+    n_open = min(len(plan.parts), 1 + epoch * len(plan.parts) // plan.epochs)
+    order = plan.parts if plan.rule == "first-to-last" else plan.parts[::-1]
+    moving = set().union(*order[:n_open])
+    for n, p in tuned.items():
+        p.requires_grad_(n in moving)
+        if n not in moving:
+            p.grad = None
+
+
+def delta_of(state: State, source: Mapping[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
     """What differs from the source, under state_dict names; integer counters left out."""
     return {
         n: t.detach().cpu().numpy()
         for n, t in state.items()
         if t.is_floating_point() and not torch.equal(t.cpu(), source[n].cpu())
+    }
+
+
+def interpolate(start: State, end: State, share: float) -> State:
+    """Weights `share` of the way from start to end (WiSE-FT, Wortsman et al., CVPR 2022)."""
+    return {n: torch.lerp(start[n], t, share) if t.is_floating_point() else t for n, t in end.items()}
+
+
+def average(states: Sequence[State]) -> State:
+    """Mean of the weights of several networks tuned from one start (a soup, Wortsman et al., ICML 2022)."""
+    return {
+        n: torch.stack([s[n] for s in states]).mean(dim=0) if t.is_floating_point() else t
+        for n, t in states[0].items()
     }

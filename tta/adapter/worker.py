@@ -16,8 +16,12 @@ import zmq
 from safetensors.numpy import load_file, save_file
 
 from tta import log
-from tta.adapter.race import Result, Settings, race
-from tta.adapter.surgery import Patient, State, delta_of
+from tta.adapter.methods import Anatomy
+from tta.adapter.patient import Patient, State
+from tta.adapter.race import Race, Result, Settings
+from tta.adapter.starts import starts_of
+from tta.adapter.surgery import delta_of
+from tta.adapter.views import Labels
 from tta.bundle import Bundle, load_bundle
 from tta.errors import AdaptationError, DeviceError, TTAError
 from tta.packaging.blocks import classifier_name
@@ -50,7 +54,9 @@ class Surgeon:
         model.load_state_dict(self.source, strict=False)
         self.patient = Patient(model, classifier_name(model), m.mean, m.std, resolve_device(device))
         self.source = self.patient.state()
-        self.blocks = {b.name: tuple(b.tensors) for b in m.blocks}
+        self.anatomy = Anatomy(
+            {b.name: tuple(b.tensors) for b in m.blocks}, {b.name: b.tap for b in m.blocks}, self.patient.head
+        )
 
     def operate(self, folder: Path, progress: Any) -> dict[str, Any]:
         """Carry out one request; the result lies in `folder` when this returns.
@@ -61,37 +67,31 @@ class Surgeon:
         request = json.loads((folder / "request.json").read_text())
         arrays = load_file(folder / "arrays.safetensors")
         settings = msgspec.convert(request["settings"], Settings)
-        images = self.patient.images(arrays["x_fit"])
-        y = torch.from_numpy(arrays["y_fit"]).to(self.patient.device)
-        starts = self._starts(request, arrays, progress)
-        result = race(self.patient, starts, self.blocks, images, y, request["suited"], settings, progress)
+        patient = self.patient
+        y, wrong = (torch.from_numpy(arrays[name]).to(patient.device) for name in ("y_fit", "wrong_fit"))
+        labels = Labels(patient.images(arrays["x_fit"]), y, wrong)
+        window = patient.images(arrays["x_window"]) if "x_window" in arrays else None
+        remembered = {}
+        for name, version_folder in request["starts"].items():
+            _, delta, _ = load_version(Path(version_folder))
+            changed = {n: torch.from_numpy(np.array(a)) for n, a in delta.items()}
+            remembered[name] = {**self.source, **changed}
+        starts = starts_of(patient, self.source, self.anatomy, window, remembered, progress)
+        race = Race(patient, starts, self.anatomy, labels, window, request["suited"], settings, progress)
+        result = race.run()
         if not delta_of(result.state, self.source):
             raise AdaptationError("nothing was better than the source model itself")
         self._write(folder / "candidate", result)
         reply: dict[str, Any] = {"block": result.block, "start": result.start, "report": result.report}
-        if "batch-norm" in starts and result.block:
+        if "batch-norm" in starts:
             self._write(folder / "label-free", Result(starts["batch-norm"], "", "batch-norm"))
             reply["label_free"] = True
         return reply
 
-    def _starts(self, request: dict[str, Any], arrays: dict[str, Any], progress: Any) -> dict[str, State]:
-        starts = {"source": self.source}
-        window = arrays.get("x_window")
-        if window is not None and self.patient.has_batch_norm():
-            progress("normalisation", 0, 1)
-            self.patient.load(self.source)
-            self.patient.estimate_normalisation(self.patient.images(window))
-            starts["batch-norm"] = self.patient.state()
-        for name, version_folder in request["starts"].items():
-            _, delta, _ = load_version(Path(version_folder))
-            changed = {n: torch.from_numpy(np.array(a)) for n, a in delta.items()}
-            starts[name] = {**self.source, **changed}
-        return starts
-
     def _write(self, folder: Path, result: Result) -> None:
         folder.mkdir()
         delta = delta_of(result.state, self.source)
-        in_graph = {t for tensors in self.blocks.values() for t in tensors}
+        in_graph = {t for tensors in self.anatomy.tensors.values() for t in tensors}
         save_file(
             {n: np.ascontiguousarray(a) for n, a in delta.items() if n in in_graph},
             folder / "delta.safetensors",

@@ -144,6 +144,14 @@ class LabelBuffer:
             "WHERE sequence >= ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL", (since, int(fit)), limit
         )
 
+    def known_wrong(self, since: int, limit: int = -1) -> list[Labelled]:
+        """Images from `since` on of which only a wrong class is known; for fitting, newest first."""
+        return self._rows(
+            "WHERE sequence >= ? AND fit = 1 AND label IS NULL AND predicted >= 0 AND x IS NOT NULL",
+            (since,),
+            limit,
+        )
+
     def ids_since(self, since: int) -> set[int]:
         """Prediction ids labelled from `since` on."""
         return {

@@ -6,8 +6,8 @@ Knows nothing of the cycle: whoever starts an operation is told how it ended, on
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,20 @@ class Operation:
         shutil.rmtree(work, ignore_errors=True)  # requests of a daemon that was killed
 
     def start(
-        self, onset: int, serving: int, suited: str, alpha: float, concluded: Callable[[Conclusion], None]
+        self,
+        onset: int,
+        serving: int,
+        near: Mapping[str, int],
+        suited: str,
+        alpha: float,
+        concluded: Callable[[Conclusion], None],
     ) -> None:
         """Operate.
 
         Args:
             onset: place in the stream from which labels and images count.
             serving: version to beat.
+            near: name to version of regimes that are like the present one: where to start as well.
             suited: block the diagnosis names, or "".
             alpha: the gate may spend.
             concluded: told how it ended.
@@ -92,16 +99,17 @@ class Operation:
             return
         folder = self._work / f"request-{job}"
         folder.mkdir(parents=True)
-        x, y = arrays_of(labelled)
-        arrays = {"x_fit": x, "y_fit": y}
+        wrong = self.labels.known_wrong(onset, limit=self.config.adapt.max_labels)
+        x, y = arrays_of([*labelled, *(replace(r, label=r.predicted) for r in wrong)])
+        arrays = {"x_fit": x, "y_fit": y, "wrong_fit": np.arange(len(y)) >= len(y) - len(wrong)}
         window = stack_inputs(self.ledger.since(onset, self.config.adapt.window))
         if window is not None and len(window) >= MIN_WINDOW:
             arrays["x_window"] = window
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
-        serving_folder = self.store.folder(serving)
+        folders = {name: self.store.folder(v) for name, v in {"serving": serving, **near}.items()}
         request = {
             "suited": suited,
-            "starts": {"serving": str(serving_folder)} if serving_folder else {},
+            "starts": {name: str(path) for name, path in folders.items() if path is not None},
             "settings": self._settings(),
         }
         (folder / "request.json").write_text(json.dumps(request))
@@ -131,7 +139,9 @@ class Operation:
             "learning_rates": c.learning_rates,
             "head_learning_rates": c.head_learning_rates,
             "augment": c.augment,
+            "unlabelled": c.unlabelled,
             "budget_s": c.budget_s,
+            "memory_bytes": c.memory_bytes,
             "seed": c.seed,
         }
 

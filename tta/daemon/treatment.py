@@ -38,6 +38,7 @@ RECALL_MARGIN = 0.1  # a regime's cure must come this near its accuracy to be re
 ACCURACY_WINDOW = 100  # labels in the accuracy gauges
 MIN_ADAPT_LABELS = 16
 MIN_OUTCOMES = 16  # labelled predictions under which nothing can be said of the errors
+WARM_STARTS = 2  # cured regimes most like the present one, from which an operation may also start
 NEW = -1
 JUDGED_SAMPLES = 256  # after which a shift is taken for harmless unless it looks harmful
 SUSPICION_SAMPLES = 128  # to find out where the traffic of a cured regime went before it is an alarm
@@ -532,7 +533,12 @@ class Treatment:
 
     def _adapt(self) -> None:
         suited = self.diagnosis.block if self.diagnosis else ""
-        self.operation.start(self.case.onset, self.case.serving, suited, self.next_alpha(), self._concluded)
+        near = {
+            f"regime-{r.number}": r.version
+            for r in self.watch.nearest_regimes(WARM_STARTS)
+            if r.version != self.case.serving
+        }
+        self.operation.start(self.case.onset, self.case.serving, near, suited, self.next_alpha(), self._concluded)
 
     def next_alpha(self) -> float:
         """What the next look at this shift's labels may spend: alpha/2, alpha/4, ... of `gate.alpha`."""

@@ -247,6 +247,15 @@ class Watch:
         found = recognise(candidates, inflation)
         return None if found is None else regimes[found]
 
+    def nearest_regimes(self, n: int) -> list[Regime]:
+        """The cured regimes that the samples since the last `look_from` are most like, the nearest first."""
+        window = self._since_look(WINDOW)
+        if not len(window):
+            return []
+        prints = {r.number: r.fingerprint for r in self.library.regimes.values() if r.version}
+        far = {k: f.distance(window.w) / f.threshold for k, f in prints.items() if f is not None}
+        return [self.library.regimes[k] for k in sorted(far, key=lambda k: far[k])[:n]]
+
     def find_keys(self) -> tuple[str, ...]:
         """Which keys the present shift concerns; empty for all. Kept until the next `look_from`."""
         expected = self._expected.fingerprint or self.library.regimes[HOME].fingerprint

@@ -1,0 +1,45 @@
+"""Where an operation may begin: the source, its normalisation re-estimated, and versions that served before."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from tta.adapter.methods import Anatomy
+from tta.adapter.patient import Patient, State
+
+BLENDED = 0.7  # share of the window's statistics, the rest the source's
+
+
+def starts_of(
+    patient: Patient,
+    source: State,
+    anatomy: Anatomy,
+    window: Tensor | None,
+    remembered: Mapping[str, State],
+    progress: Callable[[str, int, int], None],
+) -> dict[str, State]:
+    """Every start, by name.
+
+    Of a model with batch normalisation: "batch-norm" has all statistics from the window, "early-batch-norm" those
+    of the first half of the blocks (late ones follow the class mix of the window), "blended-batch-norm" all of
+    them, blended with the source's.
+
+    Args:
+        patient: the network.
+        source: its weights.
+        anatomy: its blocks.
+        window: (M, C, H, W) unlabelled images of the shift in [0, 1], or None.
+        remembered: weights by name, such as "serving" or "regime-3".
+        progress: told (what, done, of).
+    """
+    starts = {"source": source}
+    if window is not None and patient.has_batch_norm():
+        blocks = list(anatomy.tensors)
+        early = {t for name in blocks[: len(blocks) // 2] for t in anatomy.tensors[name]}
+        ways = {"batch-norm": (None, 1.0), "early-batch-norm": (early, 1.0), "blended-batch-norm": (None, BLENDED)}
+        for i, (name, (tensors, share)) in enumerate(ways.items()):
+            progress("normalisation", i, len(ways))
+            patient.load(source)
+            patient.estimate_normalisation(window, tensors, share)
+            starts[name] = patient.state()
+    return {**starts, **remembered}
