@@ -22,7 +22,7 @@ from tta.errors import ConfigError
 
 # Besides the names of blocks. `race` chooses among blocks, `cross-validate` does so exhaustively, `diagnosis`
 # takes the one the diagnosis names; the others tune the whole network, as the paper's baselines do.
-METHODS = ("all", "l1", "first-to-last", "last-to-first", "auto-rgn", "auto-snr")
+METHODS = ("all", "all-rates", "l1", "first-to-last", "last-to-first", "auto-rgn", "auto-snr")
 SELECTIONS = ("race", "cross-validate", "diagnosis", *METHODS)
 
 Endpoint = Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")]

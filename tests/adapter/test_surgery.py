@@ -194,7 +194,7 @@ def test_every_selection_works(patient: Patient, anatomy: Anatomy, selection: st
     labels = known(patient, corrupt(x, "noise", 2), y)
     source = patient.state()
     before = float(F.cross_entropy(patient.logits(labels.images), labels.y))
-    settings = replace(SETTINGS, selection=selection, epochs=4)
+    settings = replace(SETTINGS, selection=selection, epochs=4, head_learning_rates=(1e-2,))
 
     found = race(patient, {"source": source}, labels, "", settings)
 

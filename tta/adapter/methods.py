@@ -14,6 +14,9 @@ from tta.config import METHODS
 from tta.errors import AdaptationError
 
 L1 = 3e-4  # weight of the distance from the start
+# Of the blocks' rates, for methods that move everything at once: they want lower ones.
+WHOLE = 0.3
+BESIDE_HEAD = 0.1  # where the head has a rate of its own
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Rates:
     """Learning rates to try.
 
     Attributes:
-        body: of blocks before the head, and of methods that move everything.
+        body: of blocks before the head; a share of them of methods that move everything.
         head: of the head, which wants 10 to 100 times more.
     """
 
@@ -76,22 +79,27 @@ def block_plans(anatomy: Anatomy, block: str, rates: Rates, fit: Plan) -> list[P
 
 
 def method_plans(anatomy: Anatomy, method: str, rates: Rates, fit: Plan) -> list[Plan]:
-    """One of `tta.config.METHODS`.
+    """One of `tta.config.METHODS`; "all-rates" moves everything, the head at its own highest rate.
 
     Raises:
         AdaptationError: an unknown method.
     """
     plan = replace(fit, name=method, parts=tuple(anatomy.tensors.values()))
+    share = WHOLE
     match method:
         case "all":
             pass
+        case "all-rates":
+            plan, share = replace(plan, head_learning_rate=max(rates.head)), BESIDE_HEAD
         case "l1":
             plan = replace(plan, l1=L1)
-        case "first-to-last" | "last-to-first" | "auto-rgn" | "auto-snr":
+        case "first-to-last" | "last-to-first":
             plan = replace(plan, rule=method)
+        case "auto-rgn" | "auto-snr":
+            plan, share = replace(plan, rule=method), 1.0
         case _:
             raise AdaptationError(f"method {method!r} is not known: write one of {', '.join(METHODS)}")
-    return [replace(plan, learning_rate=rate) for rate in rates.body]
+    return [replace(plan, learning_rate=rate * share) for rate in rates.body]
 
 
 def every_block(anatomy: Anatomy, order: Sequence[str], rates: Rates, fit: Plan) -> list[Plan]:

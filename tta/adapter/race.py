@@ -1,7 +1,9 @@
 """Choose where to start and what to tune, from the fit labels alone.
 
 1. Starts (source, normalisation re-estimated in several ways, serving, remembered versions) are scored as they
-   are: no label has been fitted yet, so their accuracy on the fit labels is honest.
+   are: no label has been fitted yet, so their accuracy on the fit labels is honest. Among those within one
+   standard error of the best it is the one whose predictions on the unlabelled window carry most information:
+   many images order what few labels cannot.
 2. Blocks are ranked: the diagnosis' first, then by relative gradient norm.
 3. Block × learning rate compete by successive halving (Jamieson and Talwalkar, AISTATS 2016): all of them in a
    short fit judged by one fold of the labels. If the first in rank is best, that is it; else the best rate of the
@@ -11,6 +13,7 @@
 4. The winner is tuned on all fit labels, with the unlabelled window beside them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
@@ -23,13 +26,16 @@ from torch import Tensor
 from tta.adapter.criteria import relative_gradient_norm
 from tta.adapter.methods import Anatomy, Rates, block_plans, every_block, method_plans
 from tta.adapter.patient import Patient, State
-from tta.adapter.surgery import Plan, adapt
+from tta.adapter.surgery import WINDOW_SHARE, Plan, adapt, information
 from tta.adapter.views import Labels, Views, views_for
 from tta.config import METHODS, SELECTIONS
 from tta.errors import AdaptationError
 
 Progress = Callable[[str, int, int], None]
-SHORT, LONG = 0.25, 0.5  # of the epochs: fits of the first rung, and of the second
+SHORT, LONG = 0.25, 0.5  # of the epochs: fits of the first rung; of the second, and with the window
+LOOKED_AT = 256  # unlabelled images that starts are compared on
+WINDOW_PASSES = 3  # over the unlabelled images, at least
+TRUSTED_LABELS = 128  # whose loss weighs half
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ class Race:
         self.suited = suited
         self.settings = settings
         self.progress = progress
+        self.start = ""
+        self.information: dict[str, float] = {}  # nats that a start's predictions on the window carry
         self._known = torch.nonzero(~labels.wrong)[:, 0]
         self._began = monotonic()
         self._views: dict[str, Views] = {}
@@ -122,11 +130,7 @@ class Race:
         classes = torch.unique(self.labels.y[self._known])
         if len(classes) < 2:
             raise AdaptationError(f"all {len(self._known)} labels are of one class: nothing can be told apart")
-        scores = {}
-        for name, state in self.starts.items():
-            self.patient.load(state)
-            scores[name] = self.patient.accuracy(self.labels.images[self._known], self.labels.y[self._known])
-        self.start = max(scores, key=lambda name: scores[name])
+        scores = self._choose_start()
         order, rgn = self._order()
         plans = self._entrants(order)
         rungs = self._rungs(plans)
@@ -134,25 +138,54 @@ class Race:
         self.progress("fit", len(plans), len(plans) + 1)
         self.patient.load(self.starts[self.start])
         everything = torch.arange(len(self.labels), device=self.patient.device)
-        weight = self.settings.unlabelled
-        adapt(
-            self.patient.model,
-            self._views_of(winner),
-            everything,
-            replace(winner, unlabelled=weight),
-            self._in_time,
-        )
+        last = self._with_window(winner, scores[self.start])
+        adapt(self.patient.model, self._views_of(winner), everything, last, self._in_time)
         report = {
             "starts": {name: round(score, 4) for name, score in scores.items()},
+            "information": {name: round(nats, 4) for name, nats in self.information.items()},
             "rgn": {name: round(value, 6) for name, value in rgn.items()},
             "race": [entry for _, entries in rungs for entry in entries],
             "learning_rate": winner.learning_rate,
             "n_fit": len(self.labels),
-            "n_unlabelled": 0 if self.window is None or not weight else len(self.window),
+            "epochs": last.epochs,
+            "label_weight": round(last.label_weight, 4),
+            "unlabelled_weight": round(last.unlabelled, 4),
             "seconds": round(monotonic() - self._began, 3),
         }
         self.progress("fit", len(plans) + 1, len(plans) + 1)
         return Result(self.patient.state(), winner.name, self.start, report)
+
+    def _choose_start(self) -> dict[str, float]:
+        """Set `start` and `information`; the accuracy of each start on the fit labels."""
+        scores = {}
+        for name, state in self.starts.items():
+            self.patient.load(state)
+            scores[name] = self.patient.accuracy(self.labels.images[self._known], self.labels.y[self._known])
+            if self.window is not None:
+                self.information[name] = float(information(self.patient.logits(self.window[:LOOKED_AT])))
+        best = max(scores.values())
+        within = best - _standard_error(best, len(self._known))
+        alike = [name for name, score in scores.items() if score >= within]
+        self.start = max(alike, key=lambda name: (self.information.get(name, 0.0), scores[name]))
+        return scores
+
+    def _with_window(self, plan: Plan, accuracy: float) -> Plan:
+        """The plan with the unlabelled window beside the labels.
+
+        Few labels are soon learned by heart, so they weigh less, and it is the window that says how long to go on.
+        Its images are trusted as far as the start is right: their predictions are what the network learns from.
+        """
+        if self.window is None or not self.settings.unlabelled:
+            return plan
+        n = len(self.labels)
+        steps_an_epoch = math.ceil(n / plan.batch_size)
+        steps = WINDOW_PASSES * len(self.window) / (WINDOW_SHARE * plan.batch_size)
+        return replace(
+            plan,
+            unlabelled=self.settings.unlabelled * accuracy,
+            label_weight=n / (n + TRUSTED_LABELS),
+            epochs=max(round(plan.epochs * LONG), math.ceil(steps / steps_an_epoch)),
+        )
 
     def _order(self) -> tuple[list[str], dict[str, float]]:
         """Blocks, the likeliest first, and their RGN at the start."""

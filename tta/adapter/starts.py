@@ -7,6 +7,7 @@ from torch import Tensor
 from tta.adapter.methods import Anatomy
 from tta.adapter.patient import Patient, State
 
+LABEL_FREE = ("batch-norm", "early-batch-norm", "blended-batch-norm")
 BLENDED = 0.7  # share of the window's statistics, the rest the source's
 
 
@@ -36,8 +37,8 @@ def starts_of(
     if window is not None and patient.has_batch_norm():
         blocks = list(anatomy.tensors)
         early = {t for name in blocks[: len(blocks) // 2] for t in anatomy.tensors[name]}
-        ways = {"batch-norm": (None, 1.0), "early-batch-norm": (early, 1.0), "blended-batch-norm": (None, BLENDED)}
-        for i, (name, (tensors, share)) in enumerate(ways.items()):
+        ways = ((None, 1.0), (early, 1.0), (None, BLENDED))
+        for i, (name, (tensors, share)) in enumerate(zip(LABEL_FREE, ways, strict=True)):
             progress("normalisation", i, len(ways))
             patient.load(source)
             patient.estimate_normalisation(window, tensors, share)

@@ -27,6 +27,7 @@ Tick = Callable[[float], None]
 Rule = Literal["fixed", "first-to-last", "last-to-first", "auto-rgn", "auto-snr"]
 RGN_BATCHES, RGN_BATCH = 5, 64  # labels RGN is taken on each epoch, as in the authors' code
 SNR_EXAMPLES = 32  # one backward pass each
+WINDOW_SHARE = 2  # unlabelled images a step, for each label
 SNR_THRESHOLD = 0.5  # of the largest tensor's SNR, under which a tensor is frozen
 
 
@@ -44,8 +45,9 @@ class Plan:
             largest; "auto-snr": each epoch only tensors with at least `SNR_THRESHOLD` of the largest SNR.
         l1: weight of the L1 distance to where it started.
         unlabelled: weight of information maximisation on the unlabelled images.
+        label_weight: of the labels' loss.
         epochs: passes over the labels.
-        batch_size: labels a step, and unlabelled images.
+        batch_size: labels a step; unlabelled images are `WINDOW_SHARE` times as many.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Plan:
     rule: Rule = "fixed"
     l1: float = 0.0
     unlabelled: float = 0.0
+    label_weight: float = 1.0
     epochs: int = 20
     batch_size: int = 32
     seed: int = 0
@@ -82,7 +85,7 @@ def adapt(model: nn.Module, views: Views, rows: Tensor, plan: Plan, tick: Tick =
     tuned = {n: p for n, p in model.named_parameters() if n in named}
     if not tuned:
         raise AdaptationError(f"block {plan.name!r} has no parameters")
-    n_steps = max(1, math.ceil(len(rows) / plan.batch_size)) if len(rows) else window_steps(views, plan)
+    n_steps = math.ceil(len(rows) / plan.batch_size) if len(rows) else window_steps(views, plan)
     with _unfrozen(model, tuned), torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         start = {n: p.detach().clone() for n, p in tuned.items()} if plan.l1 else {}
@@ -111,17 +114,18 @@ def adapt(model: nn.Module, views: Views, rows: Tensor, plan: Plan, tick: Tick =
 
 def window_steps(views: Views, plan: Plan) -> int:
     """Steps of an epoch without labels: over the unlabelled images once."""
-    return max(1, views.n_window // plan.batch_size)
+    return max(1, views.n_window // (WINDOW_SHARE * plan.batch_size))
 
 
 def _loss(views: Views, rows: Tensor, plan: Plan) -> Tensor:
     inputs = [views.labelled(rows)] if len(rows) else []
     if plan.unlabelled and views.n_window:
-        inputs.append(views.unlabelled(plan.batch_size))
+        inputs.append(views.unlabelled(WINDOW_SHARE * plan.batch_size))
     logits = views.part(torch.cat(inputs))
     total = torch.zeros((), device=logits.device)
     if len(rows):
-        total = total + label_loss(logits[: len(rows)], views.labels.y[rows], views.labels.wrong[rows])
+        of_labels = label_loss(logits[: len(rows)], views.labels.y[rows], views.labels.wrong[rows])
+        total = total + plan.label_weight * of_labels
     if len(logits) > len(rows):
         total = total - plan.unlabelled * information(logits[len(rows) :])
     return total

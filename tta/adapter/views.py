@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from tta.adapter.patient import EVAL_BATCH, Patient
 from tta.errors import AdaptationError
 
-LABELLED_VIEWS = 8  # stored of each labelled image
+LABELLED_VIEWS = 4  # stored of each labelled image
 UNLABELLED_VIEWS = 2
 
 

@@ -19,7 +19,7 @@ from tta import log
 from tta.adapter.methods import Anatomy
 from tta.adapter.patient import Patient, State
 from tta.adapter.race import Race, Result, Settings
-from tta.adapter.starts import starts_of
+from tta.adapter.starts import LABEL_FREE, starts_of
 from tta.adapter.surgery import delta_of
 from tta.adapter.views import Labels
 from tta.bundle import Bundle, load_bundle
@@ -83,9 +83,11 @@ class Surgeon:
             raise AdaptationError("nothing was better than the source model itself")
         self._write(folder / "candidate", result)
         reply: dict[str, Any] = {"block": result.block, "start": result.start, "report": result.report}
-        if "batch-norm" in starts:
-            self._write(folder / "label-free", Result(starts["batch-norm"], "", "batch-norm"))
-            reply["label_free"] = True
+        free = [name for name in LABEL_FREE if name in starts]
+        if free:
+            best = max(free, key=lambda name: race.information[name])
+            self._write(folder / "label-free", Result(starts[best], "", best))
+            reply["label_free"] = best
         return reply
 
     def _write(self, folder: Path, result: Result) -> None:

@@ -161,7 +161,8 @@ class Operation:
             return
         block = header["block"]
         version = self._keep(folder / "candidate", block, header["start"], header["report"])
-        free = self._keep(folder / "label-free", "", "batch-norm", {}) if header.get("label_free") else None
+        label_free = header.get("label_free")
+        free = self._keep(folder / "label-free", "", label_free, {}) if label_free else None
         candidates = [v for v in (version, free) if v is not None]
         rows = self.labels.select(onset, fit=False, limit=self.config.adapt.max_labels)
         if not rows:
