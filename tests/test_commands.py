@@ -109,11 +109,12 @@ def test_labels_nobody_can_place(daemon: DaemonProcess) -> None:
 
 
 def test_operations_out_of_place(daemon: DaemonProcess) -> None:
-    """Rollback without a version before, approve without a proposal, adapt without labels are refused."""
+    """Rollback without a version before, approve without a proposal, accept without a shift are refused."""
     for arguments, text in (
         (("rollback",), "nothing to roll back to"),
         (("rollback", "7"), "no version 7"),
         (("approve",), "no candidate"),
+        (("accept",), "no shift to accept"),
         (("adapt",), "at least 16 are needed"),
     ):
         result = tta(*arguments, "--control", daemon.control)

@@ -11,7 +11,7 @@ from tests.waiting import until
 from tta.bundle import Bundle
 from tta.errors import PreconditionError
 from tta.packaging.digits import corrupt, digits
-from tta.protocol import Adapt, Approve, Pause, Reset, Resume, Rollback
+from tta.protocol import Accept, Adapt, Approve, Pause, Reset, Resume, Rollback
 from tta.scenario import DaemonProcess
 from tta.server.predictor import Predictor
 
@@ -63,6 +63,38 @@ def test_a_proposal_waits_for_approval(shifted: Callable) -> None:
         client.call(Resume())
 
     assert version == proposed["shift"]["proposal"]
+
+
+def test_an_accepted_shift_is_no_alarm_again(shifted: Callable) -> None:
+    """After `accept` the source goes on serving, in a regime of the shift's own, and nothing alarms in it."""
+    daemon, traffic = shifted(**{"adapt.labels": 5000})
+    with daemon.client() as client:
+        until(lambda: status(daemon).get("state") == "drifted", "the alarm")
+        answered = traffic.answered
+        until(lambda: traffic.answered > answered + 400, "a fingerprint's worth of samples")
+        regime = client.call(Accept())["regime"]
+        answered = traffic.answered
+        until(lambda: traffic.answered > answered + 600, "more of the same")
+        now = client.status()
+
+    assert regime == 1
+    assert [e["event"] for e in now["events"]].count("alarm") == 1
+    assert (now["state"], now["regime"], now["version"]) == ("stable", 1, 0)
+
+
+def test_a_returning_regime_waits_for_its_labels(shifted: Callable, noisy: tuple) -> None:
+    """With `library.recall: confirm` a known shift is recalled once labels agree, and not before."""
+    daemon, traffic = shifted(**{"library.recall": "confirm"})
+    cured = until(lambda: (s := status(daemon))["state"] == "stable" and s["version"] > 0 and s, "the cure", 120)
+    traffic.show(*digits("stream", 600, seed=23))
+    until(lambda: (s := status(daemon))["state"] == "stable" and s["version"] == 0, "home", 60)
+
+    traffic.show(*noisy)
+    until(lambda: status(daemon)["version"] == cured["version"], "the recall", 60)
+
+    known = [e for e in status(daemon)["events"] if e["event"] == "known"][-1]
+    assert known["outcome"] == "accepted"
+    assert known["n_labels"] >= 8
 
 
 def test_mode_off_watches_and_changes_nothing(shifted: Callable) -> None:

@@ -142,6 +142,9 @@ class GateConfig(Section):
         lt=0.5,
         description="chance of promoting one that is no better, in one shift, over all attempts",
     )
+    max_class_drop: float = Field(
+        0.2, ge=0, le=1, description="accuracy a class may lose against the serving version, if the labels show it"
+    )
     rollback_alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of rolling back one that is no worse")
     probation_labels: int = Field(64, ge=1, description="live labels that end probation")
     probation_s: float = Field(60.0, gt=0, description="seconds that end probation without labels")
@@ -151,8 +154,9 @@ class LibraryConfig(Section):
     """Regimes remembered."""
 
     capacity: int = Field(32, ge=1, description="regimes kept besides home")
-    recall: Annotated[Literal["immediate", "off"], _Off] = Field(
-        "immediate", description="immediate: serve a returning regime's version; off: only home's"
+    recall: Annotated[Literal["immediate", "confirm", "off"], _Off] = Field(
+        "immediate",
+        description="immediate: serve a returning regime's version; confirm: when labels agree; off: only home's",
     )
 
 

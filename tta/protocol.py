@@ -4,8 +4,8 @@ Every message is ZeroMQ multipart: `[msgpack header][raw tensor bytes]...`. Tens
 row-major and unpadded (the rules of KServe v2's raw tensors); their dtype and shape stand in the header.
 
     data socket      predict | cancel | metadata | ready                       → one reply a request
-    control socket   label | status | versions | rollback | reset | pause | resume | adapt | approve | ask
-                     | metadata | ready
+    control socket   label | status | versions | rollback | reset | pause | resume | adapt | approve | accept
+                     | ask | metadata | ready
 
     predict  → {v:1, op:"predict", id, dtype:"uint8", shape:[N,H,W,C], deadline_s?, key?} + image bytes
     ←          {v:1, id, code:0, version, prediction_id, credit, queue_s, compute_s, shape:[N,K]} + float32 logits
@@ -121,6 +121,10 @@ class Approve(Request, tag_field="op", tag="approve", omit_defaults=True, kw_onl
     """Promote the candidate that `mode: propose` has prepared."""
 
 
+class Accept(Request, tag_field="op", tag="accept", omit_defaults=True, kw_only=True):
+    """Take the present shift for a normal regime: what serves goes on serving, and the shift is no alarm again."""
+
+
 class Ask(Request, tag_field="op", tag="ask", omit_defaults=True, kw_only=True):
     """Ask which `n` recent predictions are most worth a label."""
 
@@ -129,7 +133,19 @@ class Ask(Request, tag_field="op", tag="ask", omit_defaults=True, kw_only=True):
 
 DataRequest = Predict | Cancel | Metadata | Ready
 ControlRequest = (
-    Label | Status | Versions | Rollback | Reset | Pause | Resume | Adapt | Approve | Ask | Metadata | Ready
+    Label
+    | Status
+    | Versions
+    | Rollback
+    | Reset
+    | Pause
+    | Resume
+    | Adapt
+    | Approve
+    | Accept
+    | Ask
+    | Metadata
+    | Ready
 )
 
 _R = TypeVar("_R", bound=Request)

@@ -47,6 +47,31 @@ def test_labels_must_beat_what_needs_none() -> None:
     assert verdict.reason == "below the candidate made without labels"
 
 
+def test_a_class_that_falls_is_not_sold_for_the_others() -> None:
+    """A candidate that gains overall and loses six of ten images of one class is rejected, and says which."""
+    classes = [0] * 60 + [1] * 10
+    serving = correct(20, 60) + [True] * 10
+    candidate = correct(50, 60) + correct(4, 10)
+
+    free = judge(candidate, serving, serving, None, 0.05)
+    guarded = judge(candidate, serving, serving, None, 0.05, classes, 0.2)
+
+    assert free.outcome == "accepted"
+    assert (guarded.outcome, guarded.worst_class) == ("rejected", 1)
+    assert guarded.worst_class_drop == pytest.approx(0.6)
+    assert "class 1" in guarded.reason
+
+
+def test_a_class_may_fall_by_chance() -> None:
+    """Two losses among three images of a class are no evidence: the candidate passes."""
+    classes = [0] * 60 + [1] * 3
+    serving = correct(20, 60) + [True] * 3
+
+    verdict = judge(correct(50, 60) + correct(1, 3), serving, serving, None, 0.05, classes, 0.2)
+
+    assert (verdict.outcome, verdict.worst_class) == ("accepted", None)
+
+
 def test_without_labels_nothing_is_decided() -> None:
     """No gate label gives no verdict but a number of labels to get."""
     assert judge([], [], [], None, 0.05).outcome == "undecided"

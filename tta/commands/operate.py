@@ -1,4 +1,4 @@
-"""`tta pause`, `tta resume`, `tta adapt`, `tta approve`: the operator's hand on the cycle."""
+"""`tta pause`, `resume`, `adapt`, `approve`, `accept`: the operator's hand on the cycle."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import typer
 
 from tta.client import Client
 from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, print_json
-from tta.protocol import Adapt, Approve, Pause, Request, Resume
+from tta.protocol import Accept, Adapt, Approve, Pause, Request, Resume
 
 
 def register(app: typer.Typer) -> None:
@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     app.command("resume")(resume)
     app.command("adapt")(adapt)
     app.command("approve")(approve)
+    app.command("accept")(accept)
 
 
 def pause(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_json: Json = False) -> None:
@@ -35,6 +36,11 @@ def adapt(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_json
 def approve(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_json: Json = False) -> None:
     """Promote the candidate that `mode: propose` has prepared."""
     _send(Approve(), control, timeout_s, as_json, "version {version} is being promoted")
+
+
+def accept(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_json: Json = False) -> None:
+    """Take the present shift for normal: what serves goes on, and the shift is no alarm when it returns."""
+    _send(Accept(), control, timeout_s, as_json, "regime {regime} is normal from now on")
 
 
 def _send(request: Request, control: str, timeout_s: float, as_json: bool, text: str) -> None:

@@ -98,6 +98,8 @@ class Control:
                 return {"labels": treatment.adapt_now()}
             case protocol.Approve():
                 return {"version": treatment.approve()}
+            case protocol.Accept():
+                return {"regime": treatment.accept()}
             case protocol.Ask():
                 return {"predictions": self._ask(request.n)}
             case protocol.Metadata():

@@ -114,6 +114,7 @@ class Daemon:
             self.metrics,
             self.shadow,
             self.adapter,
+            self.bundle.anchor,
             self.run_folder / "work",
         )
         self.treatment = Treatment(
@@ -507,6 +508,8 @@ class Daemon:
             treatment.case.wanted - self.labels.count(treatment.case.onset) if treatment.case.actionable else 0
         )
         m.labels_wanted.set(max(0, wanted))
+        progress = self.adapter.progress
+        m.adaptation_progress.set(progress["done"] / max(1, progress["total"]) if progress else 0.0)
         m.ledger_bytes.set(self.ledger.n_bytes)
         for process in self.processes:
             m.up.labels(process.name).set(float(process.ready and process.alive))

@@ -1,17 +1,19 @@
 """The verdict on a candidate, from correctness on labels it was not fitted on. No I/O.
 
-`accepted` if the paired exact test against the serving version passes and the candidate's point estimate is not
-below the source's nor the best label-free candidate's; `rejected` if it is not even better by the point estimate;
-otherwise `undecided`, with how many labels it probably needs.
+`accepted` if the paired exact test against the serving version passes, the candidate's point estimate is not below
+the source's nor the best label-free candidate's, and no class demonstrably falls by more than is allowed;
+`rejected` if it is not even better by the point estimate; otherwise `undecided`, with how many labels it probably
+needs.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tta.monitor.accuracy import binomial_tail, paired_p_value
 
 MAX_LABELS = 4096
+CLASS_ALPHA = 0.05  # a class's fall must be more than chance to count, at this level
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class Verdict:
         n_labels: gate labels used.
         p_val: exact one-sided p that the candidate is no better than the serving version.
         labels_needed: for `undecided`: more gate labels that would probably decide.
+        worst_class: whose accuracy falls most against the serving version, beyond chance; None if none does.
+        worst_class_drop: by how much, in [0, 1].
+        anchor: accuracy on the clean anchor images by version: "candidate", "serving" and "source". Never a
+            veto: a cure of a strong shift may be bad on clean images, and home is recognised and recalled.
     """
 
     outcome: Literal["accepted", "rejected", "undecided"]
@@ -34,6 +40,9 @@ class Verdict:
     accuracy_source: float
     accuracy_label_free: float | None
     labels_needed: int = 0
+    worst_class: int | None = None
+    worst_class_drop: float = 0.0
+    anchor: dict[str, float] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
         """As plain numbers for manifests, logs and the wire."""
@@ -46,6 +55,8 @@ def judge(
     source: Sequence[bool],
     label_free: Sequence[bool] | None,
     alpha: float,
+    classes: Sequence[int] = (),
+    max_class_drop: float = 1.0,
 ) -> Verdict:
     """Judge a candidate.
 
@@ -55,6 +66,8 @@ def judge(
         source: the same for the source model.
         label_free: the same for the best candidate made without labels, if there is one and it is not this one.
         alpha: chance of accepting a candidate that is no better.
+        classes: true class of each gate label, for the guard of single classes; none by default.
+        max_class_drop: accuracy that a class may lose, in [0, 1].
     """
     n = len(candidate)
     if n == 0:
@@ -67,18 +80,35 @@ def judge(
     assert home is not None
     outcome: Literal["accepted", "rejected", "undecided"] = "rejected"
     reason, needed = "", 0
+    worst, drop = _worst_class(candidate, serving, classes)
     if own <= now:
         reason = "no better than the serving version"
     elif own < home:
         reason = "below the source model"
     elif free is not None and own < free:
         reason = "below the candidate made without labels"
+    elif drop > max_class_drop:
+        reason = f"class {worst} falls by {100 * drop:.0f} points"
     elif p_val <= alpha:
         outcome, reason = "accepted", "better than the serving version"
     else:
         outcome, reason = "undecided", "better, but it may be chance"
         needed = _labels_needed(candidate, serving, alpha)
-    return Verdict(outcome, reason, n, p_val, alpha, own, now, home, free, needed)
+    return Verdict(outcome, reason, n, p_val, alpha, own, now, home, free, needed, worst, drop)
+
+
+def _worst_class(
+    candidate: Sequence[bool], serving: Sequence[bool], classes: Sequence[int]
+) -> tuple[int | None, float]:
+    """The class that falls most, among those whose losses outnumber their gains by more than chance."""
+    worst, largest = None, 0.0
+    for k in sorted(set(classes)):
+        pairs = [(c, s) for c, s, true in zip(candidate, serving, classes, strict=True) if true == k]
+        losses, gains = sum(s and not c for c, s in pairs), sum(c and not s for c, s in pairs)
+        drop = (losses - gains) / len(pairs)
+        if drop > largest and binomial_tail(losses, losses + gains, 0.5) <= CLASS_ALPHA:
+            worst, largest = k, drop
+    return worst, largest
 
 
 def _labels_needed(candidate: Sequence[bool], serving: Sequence[bool], alpha: float) -> int:

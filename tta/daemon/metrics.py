@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 import tta
 from tta.bundle import Manifest
 from tta.daemon.cycle import State
+from tta.daemon.gate import Verdict
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters
 
 PHASE_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -130,6 +131,20 @@ class Metrics:
         self.labels_wanted = self._gauge("labels_wanted", "Labels still wanted before the next adaptation")
         self.accuracy = self._gauge("labelled_accuracy", "Accuracy on the last labels, 0 to 1", "model")
         self.adaptations = self._counter("adaptations", "Candidates, by block and outcome", "block", "outcome")
+        self.gate_accuracy = self._gauge(
+            "gate_accuracy",
+            "At the newest verdict, on gate labels or clean anchor images, 0 to 1",
+            "model",
+            "images",
+        )
+        self.gate_p_value = self._gauge("gate_p_value", "Of the newest verdict; at most alpha to be accepted")
+        self.gate_labels = self._gauge("gate_labels", "Labels of the newest verdict")
+        self.gate_labels_needed = self._gauge(
+            "gate_labels_needed", "More gate labels that would probably decide it; 0 if it is decided"
+        )
+        self.adaptation_progress = self._gauge(
+            "adaptation_progress", "Share of the adaptation under way that is done, 0 to 1; 0 without one"
+        )
         self.phase_s = Histogram(
             "tta_adaptation_duration_seconds",
             "Seconds a phase of an adaptation took",
@@ -180,6 +195,20 @@ class Metrics:
         for each in State:
             self.state.labels(each.value).set(float(each is state))
         self.drift_detected.set(float(state in (State.DRIFTED, State.ADAPTING)))
+
+    def show_verdict(self, verdict: Verdict) -> None:
+        """Set the gate's gauges."""
+        on_labels = {
+            "candidate": verdict.accuracy_candidate,
+            "serving": verdict.accuracy_serving,
+            "source": verdict.accuracy_source,
+        }
+        for images, shares in (("gate", on_labels), ("anchor", verdict.anchor)):
+            for model, share in shares.items():
+                self.gate_accuracy.labels(model, images).set(share)
+        self.gate_p_value.set(verdict.p_val)
+        self.gate_labels.set(verdict.n_labels)
+        self.gate_labels_needed.set(verdict.labels_needed)
 
     def show_drift(self, names: Sequence[str], statistic: Any) -> None:
         """Set each block's drift statistic."""

@@ -59,6 +59,7 @@ class Operation:
         metrics: Metrics,
         shadow: ShadowLink,
         adapter: AdapterLink,
+        anchor: Mapping[str, Array],
         work: Path,
     ) -> None:
         self.config = config
@@ -68,6 +69,7 @@ class Operation:
         self.metrics = metrics
         self.shadow = shadow
         self.adapter = adapter
+        self.anchor = anchor
         self._work = work
         self._job = 0  # of the operation under way; an answer to an older one is dropped
         shutil.rmtree(work, ignore_errors=True)  # requests of a daemon that was killed
@@ -184,24 +186,31 @@ class Operation:
                 concluded(self._judge(outputs, y, version, free, block, alpha))
 
         versions = [version, serving, SOURCE, *([free] if free is not None else [])]
-        self.shadow.ask([(v, self.store.folder(v)) for v in versions], x, judged)
+        self.shadow.ask(
+            [(v, self.store.folder(v)) for v in versions], np.concatenate([x, self.anchor["x"]]), judged
+        )
 
     def _judge(
         self, outputs: Outputs, y: Array, version: int, free: int | None, block: str, alpha: float
     ) -> Conclusion:
         """Ask the gate; the candidate made without labels may win if they did not help."""
-        right = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
-        candidate, serving, source = right[:3]
-        label_free = right[3] if free is not None else None
+        classes = [logits.argmax(axis=1) for logits, _ in outputs]
+        candidate, serving, source, *others = [(c[: len(y)] == y).tolist() for c in classes]
+        label_free = others[0] if others else None
+        on_anchor = [float((c[len(y) :] == self.anchor["y"]).mean()) for c in classes]
+        guard = {"classes": y.tolist(), "max_class_drop": self.config.gate.max_class_drop}
         alpha /= 1 if free is None else 2  # two candidates share it
-        verdict = gate.judge(candidate, serving, source, label_free, alpha)
+        verdict, kept = gate.judge(candidate, serving, source, label_free, alpha, **guard), on_anchor[0]
         if label_free is not None and free is not None:
-            plain = gate.judge(label_free, serving, source, None, alpha)
+            plain = gate.judge(label_free, serving, source, None, alpha, **guard)
             if verdict.outcome != "accepted" and plain.outcome == "accepted":
                 self._count(block, verdict.outcome)
-                verdict, version, free, block = plain, free, version, ""
+                verdict, version, free, block, kept = plain, free, version, "", on_anchor[3]
             self._discard([free])
+        anchor = {"candidate": kept, "serving": on_anchor[1], "source": on_anchor[2]}
+        verdict = replace(verdict, anchor={name: round(share, 4) for name, share in anchor.items()})
         self._count(block, verdict.outcome)
+        self.metrics.show_verdict(verdict)
         evidence = {"candidate": version, "block": block, **verdict.fields()}
         if verdict.outcome != "accepted":
             self._discard([version])

@@ -68,6 +68,7 @@ class Case:
         target: number of the recalled regime that is on probation; -1 for a new one.
         actionable: whether the present shift is a reason to act; None while that is not known.
         keys: sources the present shift concerns; empty for all.
+        accepted: the operator has taken the present shift for normal.
         looks: how often the present shift's labels have been put to a test; each look spends half of the
             alpha that is left, so that all together spend no more than `gate.alpha`.
     """
@@ -89,6 +90,7 @@ class Case:
     swap_regime: int = HOME
     swap_reason: str = ""
     target: int = NEW
+    accepted: bool = False
     looks: int = 0
     actionable: bool | None = None
     keys: tuple[str, ...] = ()
@@ -273,7 +275,7 @@ class Treatment:
     def _open_case(self, cause: str, onset: int) -> None:
         self.case.cause, self.case.onset, self.case.kind = cause, onset, ""
         self.case.wanted, self.case.forced, self.case.proposal = self.config.adapt.labels, False, 0
-        self.case.looks, self.case.actionable, self.case.keys = 0, None, ()
+        self.case.looks, self.case.actionable, self.case.keys, self.case.accepted = 0, None, (), False
         self.diagnosis = None
         self._recall_at = RECALL_LABELS
         self._suspicion = None
@@ -343,6 +345,8 @@ class Treatment:
                 self.watch.monitor.reset()
             elif self.case.cause == "charts" or (self.case.cause == "operator" and not self.case.forced):
                 self.happen(Event.QUIET, regime=found.number)
+        elif found is not None and found.number != HOME and self.config.library.recall == "confirm":
+            self._wait_for_labels()
         elif found is not None and (self.config.library.recall != "off" or found.number == HOME):
             if self._suspicion is not None:
                 sample = self._suspicion.sequence
@@ -356,6 +360,16 @@ class Treatment:
             self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
         elif self._suspicion is not None and self.watch.n_watched - self._suspected_at > SUSPICION_SAMPLES:
             self._raise_suspicion()
+
+    def _wait_for_labels(self) -> None:
+        """A regime is recognised that labels must confirm (`_recall_by_labels`): till then it is a shift."""
+        if self._suspicion is not None:
+            self._raise_suspicion()
+        elif self.cycle.state is State.STABLE:
+            onset = self.sequence - WINDOW
+            self._open_case("charts", onset)
+            self.metrics.alarms.labels("charts").inc()
+            self.happen(Event.ALARM, cause="charts", onset=onset)
 
     def _is_served(self, found: Regime) -> bool:
         """Whether what serves is meant for a recognised regime, or for one whose features look like it."""
@@ -455,7 +469,8 @@ class Treatment:
         self.weigh()
         if self.cycle.state is State.DRIFTED and not self.case.proposal:
             have = self.labels.count(self.case.onset)
-            if self.acting and self.case.cause == "labels" and not self._recalling and have >= self._recall_at:
+            by_labels = self.case.cause == "labels" or self.config.library.recall == "confirm"
+            if self.acting and by_labels and not self._recalling and have >= self._recall_at:
                 self._recall_at = 2 * have
                 self._recall_by_labels()
             # A restarted daemon has to see the traffic again before it judges it.
@@ -497,8 +512,11 @@ class Treatment:
         return n, wrong, binomial_tail(wrong, n, null)
 
     def _recall_by_labels(self) -> None:
-        """An output-level regime, or home, has no features of its own: recognise it by labels."""
-        alike = [r for r in self.library.regimes.values() if r.fingerprint is None or r.number == HOME]
+        """Recognise a regime by labels: one without features of its own, home, or one that labels must confirm."""
+        if self.case.cause == "labels":
+            alike = [r for r in self.library.regimes.values() if r.fingerprint is None or r.number == HOME]
+        else:
+            alike = self.watch.nearest_regimes(WARM_STARTS)
         others = sorted((r for r in alike if r.version != self.case.serving), key=lambda r: -r.last_used)
         candidates = others[:RECALL_CANDIDATES]
         limit = self.config.adapt.max_labels
@@ -676,14 +694,16 @@ class Treatment:
         self.metrics.regime.set(self.case.regime)
 
     def _accept_regime(self) -> None:
-        """A shift that costs no accuracy: the version stays, the regime is new."""
+        """A shift that costs no accuracy, or one the operator accepts: the version stays, the regime is new."""
         n, wrong = self.labels.outcomes(self.case.onset, self.case.serving)
         usual = self.regime.accuracy
         accuracy = 1 - wrong / n if n >= MIN_OUTCOMES else usual - self.config.monitor.accepted_loss
         # What was let pass must not raise the bar for what would be noticed.
-        accuracy = max(accuracy, usual - self.config.monitor.error_tolerance)
+        if not self.case.accepted:
+            accuracy = max(accuracy, usual - self.config.monitor.error_tolerance)
+        found = None if self.case.cause == "labels" else self.watch.fingerprint()
         regime = self.library.add(
-            self.case.serving, self.case.kind, accuracy, self.watch.fingerprint(), self.sequence, self.case.keys
+            self.case.serving, self.case.kind, accuracy, found, self.sequence, self.case.keys
         )
         self.case.regime = regime.number
         self.metrics.regime.set(regime.number)
@@ -771,6 +791,26 @@ class Treatment:
         self.case.paused = False
         self.record("resumed")
         self.save()
+
+    def accept(self) -> int:
+        """Take the present shift for normal: what serves goes on, and is compared with the shift from now on.
+
+        Returns:
+            Number of the new regime.
+
+        Raises:
+            PreconditionError: there is no shift, or too little has been seen of it to know it again.
+        """
+        if self.cycle.state is not State.DRIFTED:
+            raise PreconditionError(f"there is no shift to accept: the cycle is {self.cycle.state}")
+        self._refuse_while_swapping()
+        if self.case.cause != "labels" and self.watch.fingerprint() is None:
+            seen = self.watch.n_since()
+            raise PreconditionError(f"only {seen} samples of the shift have been seen: try again a little later")
+        self.case.accepted = True
+        self.case.kind = self.case.kind or ("output" if self.case.cause == "labels" else "")
+        self.happen(Event.HARMLESS, by="operator", kind=self.case.kind)
+        return self.case.regime
 
     @property
     def swapping(self) -> bool:

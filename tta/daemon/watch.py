@@ -314,7 +314,8 @@ class Watch:
         """
         self._error_sequences.append(sequence)
         self.errors.update(error)
-        if confidence is not None:
+        # What errors the confidence admits was learned at home: elsewhere it may be surer than right.
+        if confidence is not None and self.regime.number == HOME:
             self.residuals.update(
                 error, self.confidence_model.error_rate(confidence) + self.config.error_tolerance
             )
