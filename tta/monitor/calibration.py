@@ -183,7 +183,9 @@ def _peaks(
     shares = np.tile(reference.prior, (len(CLASS_LAMBDAS), bootstrap.n_natural, 1))
     class_lam = np.array(CLASS_LAMBDAS)[:, None]
     pearson = np.square(shares) @ inverse  # (speeds, natural streams)
+    work = np.empty_like(z)
     peaks = np.zeros((len(LAMBDAS), n, len(layout.names)), np.float32)
+    values = np.empty_like(peaks)
     class_peaks = np.zeros((len(CLASS_LAMBDAS), bootstrap.n_natural))
     gain = (1 / variances(LAMBDAS)).astype(np.float32)
     class_gain = 1 / (variances(CLASS_LAMBDAS) * max(1, len(reference.prior) - 1))
@@ -191,9 +193,14 @@ def _peaks(
     scale = np.ones((len(CLASS_LAMBDAS), 1))  # of `shares`, so that a step touches one class only
     for t in range(horizon):
         index = rows[bootstrap.next()]
-        z += lam * (w[index] - z)
+        np.subtract(w[index], z, out=work)
+        work *= lam
+        z += work
         at = min(t, len(gain) - 1)
-        np.maximum(peaks, ((z * z) @ averages) * gain[at][:, None, None], out=peaks)
+        np.multiply(z, z, out=work)
+        np.matmul(work, averages, out=values)
+        values *= gain[at][:, None, None]
+        np.maximum(peaks, values, out=peaks)
         # Σ z²/π after z ← (1-λ)·z + λ·e_c.
         c = predictions[index[: bootstrap.n_natural]]
         there = shares[:, streams, c] * scale
