@@ -120,15 +120,17 @@ def run_cell(name: str, n_labels: int, method: str, seed: int) -> Json:
 
 def wanted(n_seeds: int) -> list[tuple[str, int, str, int]]:
     """Every cell, the most telling first."""
+    first = ("source", "batch-norm", "race", "all", "block1", "head", "block2", "block3")
+    order = (*first, *(m for m in METHODS if m not in first))
     cells = []
     for seed in range(n_seeds):
-        for n in (256, 64):
-            cells += [(shift, n, method, seed) for method in METHODS for shift in CORE]
+        cells += [(shift, n, method, seed) for method in order for n in (64, 256) for shift in CORE]
         if seed == 0:
             others = [c for c in CORRUPTIONS if c not in CORE]
-            few = ("source", "batch-norm", "race", "all", "block1")
-            cells += [(shift, 256, method, 0) for method in few for shift in others]
             cells += [(shift, n, m, 0) for n in (16, 1000) for m in ("all", "block1", "race") for shift in CORE]
+            cells += [
+                (shift, 256, m, 0) for m in ("source", "batch-norm", "race", "all", "block1") for shift in others
+            ]
     return cells
 
 
