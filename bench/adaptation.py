@@ -166,8 +166,11 @@ def seed_of(cell: tuple[str, int, str, int]) -> int:
 
 def run(cells: list[tuple[str, int, str, int]], code: str, minutes: float, processes: int) -> None:
     """Compute what is missing until the time is up."""
-    missing = {path_of(c, code): c for c in reversed(cells) if not path_of(c, code).exists()}
-    queue = list(reversed(missing.items()))
+    missing: dict[Path, tuple[str, int, str, int]] = {}
+    for c in cells:
+        if not path_of(c, code).exists():
+            missing.setdefault(path_of(c, code), c)
+    queue = list(missing.items())
     end = time.monotonic() + 60 * minutes
     (CACHE / "adaptation" / code).mkdir(parents=True, exist_ok=True)
     done = 0
@@ -208,11 +211,13 @@ def main() -> int:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
         "command": "python -m bench.adaptation",
-        "missing": sum(not path_of(c, code).exists() for c in set(cells)),
+        "missing": sum(not path.exists() for path in {path_of(c, code) for c in cells}),
+        "of": len({path_of(c, code) for c in cells}),
         "cells": found,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "adaptation.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "adaptation_summary.md").write_text("\n".join(summary(result)) + "\n")
     text = "\n".join(tables(result)) + "\n"
     (RESULTS / "adaptation.md").write_text(text)
     draw(result, RESULTS / "adaptation.png")
@@ -252,7 +257,7 @@ def tables(result: Json) -> list[str]:
     lines = [
         "# One shift at a time",
         "",
-        f"{result['date']}, commit {result['commit']}, `{result['command']}`; {result['missing']} cells missing. Accuracy",
+        f"{result['date']}, commit {result['commit']}, `{result['command']}`; {result['missing']} of {result['of']} cells missing. Accuracy",
         "in % on 2,000 images apart from labels and window; means over the seeds there are. ResNet-20, CIFAR-10 test",
         f"images, severity {SEVERITY}; corruptions CIFAR-10-C-style, ours in part: {', '.join(APPROXIMATE)}. All methods but",
         'source and batch-norm have the same labels, starts, augmentation, epochs and held-out choice of rate; "race" and',
@@ -277,6 +282,27 @@ def tables(result: Json) -> list[str]:
     lines += corruption_table(cells)
     lines += decision_lines(cells)
     lines += cost_table(cells)
+    return lines
+
+
+def summary(result: Json) -> list[str]:
+    """The table of the README."""
+    cells = result["cells"]
+    methods = ("source", "batch-norm", "all", "auto-rgn", "cross-validate", "race")
+    lines = [
+        f"{result['date']}, commit {result['commit']}, `{result['command']}`; accuracy in % on 2,000 other images:",
+        "",
+        "| shift, severity 5 | labels | " + " | ".join(methods) + " |",
+        "| --- | --- |" + " --- |" * len(methods),
+    ]
+    for shift in CORE:
+        for n in (64, 256):
+            values = [mean(cells, shift, 256 if m in ("source", "batch-norm") else n, m) for m in methods]
+            if values[-1] is not None:
+                lines.append(f"| {shift} | {n} | " + " | ".join(map(number, values)) + " |")
+    for n in (64, 256):
+        if margins(cells, n):
+            lines += ["", f"The race at {n} labels, in points against " + "; ".join(margins(cells, n)) + "."]
     return lines
 
 
@@ -327,19 +353,15 @@ def decision_lines(cells: Json) -> list[str]:
     worst = 0.0
     blocks: dict[str, dict[str, int]] = {}
     for shift, by_n in cells.items():
-        for methods in by_n.values():
-            for seed, cell in methods.get("race", {}).items():
-                source = next(iter(methods["source"].values()))["accuracy"] if "source" in methods else None
-                source = source if source is not None else mean(cells, shift, 256, "source")
-                total += 1
-                kind = blocks.setdefault(shift, {})
-                kind[cell["block"]] = kind.get(cell["block"], 0) + 1
-                if source is None or cell["gate"]["outcome"] != "accepted":
-                    continue
+        source = mean(cells, shift, 256, "source")
+        for cell in [c for methods in by_n.values() for c in methods.get("race", {}).values()]:
+            total += 1
+            chosen = blocks.setdefault(shift, {})
+            chosen[cell["block"]] = chosen.get(cell["block"], 0) + 1
+            if source is not None and cell["gate"]["outcome"] == "accepted":
                 accepted += 1
                 harmful += cell["accuracy"] < source
                 worst = min(worst, cell["accuracy"] - source)
-                del seed
     lines = ["", "**Gate.** " + f"{accepted} of {total} candidates accepted, {harmful} of them below the source"]
     lines[-1] += f" (worst {worst:+.1f} points)." if harmful else "."
     lines += ["", "| shift | blocks chosen |", "| --- | --- |"]

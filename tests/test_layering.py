@@ -24,9 +24,8 @@ PURE = [
     "monitor/",
     "daemon/gate.py",
     "daemon/cycle.py",
-    "adapter/surgery.py",
-    "adapter/race.py",
-    "adapter/criteria.py",
+    *(f"adapter/{name}.py" for name in ("criteria", "memo", "methods", "patient", "race", "starts")),
+    *(f"adapter/{name}.py" for name in ("surgery", "views")),
 ]
 IO = SOCKETS | {"os", "pathlib", "subprocess", "sqlite3", "shutil", "tempfile", "io"}
 

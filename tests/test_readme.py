@@ -92,6 +92,11 @@ def test_the_drift_table_is_the_script_s() -> None:
     assert (ROOT / "bench" / "results" / "drift_summary.md").read_text().strip() in README
 
 
+def test_the_adaptation_table_is_the_script_s() -> None:
+    """The table of methods in the README is the summary that bench.adaptation wrote."""
+    assert (ROOT / "bench" / "results" / "adaptation_summary.md").read_text().strip() in README
+
+
 def test_every_link_points_at_a_file() -> None:
     """Relative links and pictures exist."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
