@@ -407,7 +407,7 @@ def draw(result: Json, path: Path) -> None:
         axis.set_ylabel(f"accuracy in %, {n} labels")
         axis.set_ylim(0, 100)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(ncols=6, fontsize=8, frameon=False, loc="upper center")
+    axes[0].legend(ncols=6, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes[1].set_xticks(range(len(CORE)), CORE)
     figure.suptitle("One shift at a time, ResNet-20 on CIFAR-10", fontsize=11)
     figure.savefig(path, dpi=100)
