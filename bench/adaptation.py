@@ -12,11 +12,9 @@ marked "+ window" tune on the unlabelled window beside the labels, as the daemon
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,13 @@ import torch
 from bench.cifar import CACHE
 from bench.corruptions import APPROXIMATE, CORRUPTIONS
 from bench.shifts import N_WINDOW, SEVERITY, Shift, load_shift
+from bench.stamp import stamp
 from tta.adapter.race import Race, Settings
 from tta.adapter.starts import starts_of
 from tta.adapter.views import Labels
 from tta.config import AdaptConfig, GateConfig
 from tta.daemon import gate
+from tta.daemon.operation import race_settings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -48,21 +48,9 @@ Json = dict[str, Any]
 
 def settings_of(selection: str, window: bool, seed: int) -> Settings:
     """The daemon's defaults, but for what is tuned."""
-    c = AdaptConfig()
-    return Settings(
-        selection=selection,
-        n_blocks=c.blocks,
-        folds=c.folds,
-        epochs=c.epochs,
-        batch_size=c.batch_size,
-        learning_rates=c.learning_rates,
-        head_learning_rates=c.head_learning_rates,
-        augment=c.augment,
-        unlabelled=c.unlabelled if window else 0.0,
-        budget_s=1e9,
-        memory_bytes=c.memory_bytes,
-        seed=seed,
-    )
+    given = race_settings(AdaptConfig())
+    changes = {"selection": selection, "budget_s": 1e9, "seed": seed, **({} if window else {"unlabelled": 0.0})}
+    return Settings(**{**given, **changes})
 
 
 @lru_cache(maxsize=2)
@@ -154,14 +142,9 @@ def path_of(cell: tuple[str, int, str, int], code: str) -> Path:
 def compute(cell: tuple[str, int, str, int], path: Path) -> None:
     """Run a cell in this process and keep it."""
     found = run_cell(*cell)
-    temporary = path.with_suffix(f".{seed_of(cell)}.tmp")
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(found))
     temporary.rename(path)
-
-
-def seed_of(cell: tuple[str, int, str, int]) -> int:
-    """The last part of a cell."""
-    return cell[3]
 
 
 def run(cells: list[tuple[str, int, str, int]], code: str, minutes: float, processes: int) -> None:
@@ -199,7 +182,6 @@ def main() -> int:
     arguments = parser.parse_args()
     code, cells = code_hash(), wanted(arguments.seeds)
     run(cells, code, arguments.budget_minutes, arguments.processes)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found: Json = {}
     for cell in cells:
         path = path_of(cell, code)
@@ -208,9 +190,7 @@ def main() -> int:
                 json.loads(path.read_text())
             )
     result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "command": "python -m bench.adaptation",
+        **stamp("python -m bench.adaptation"),
         "missing": sum(not path.exists() for path in {path_of(c, code) for c in cells}),
         "of": len({path_of(c, code) for c in cells}),
         "cells": found,

@@ -10,15 +10,14 @@ stream; accuracy is on those of the 3,000 that were never labelled. Writes `resu
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
 from bench import cifar
+from bench.stamp import stamp
 from tta.commands.demo import _View, print_report
 from tta.scenario import DaemonProcess, Phase, Scenario, draw_timeline, measure
 
@@ -86,11 +85,8 @@ def main() -> int:
     finally:
         daemon.stop()
     report = measure(scenario, path)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "command": "python -m bench.cifar_loop",
+        **stamp("python -m bench.cifar_loop"),
         **asdict(report),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)

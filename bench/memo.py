@@ -9,15 +9,14 @@ predictions made on the way. Writes `results/memo.{json,md}`.
 
 import argparse
 import json
-import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.shifts import N_WINDOW, load_shift
+from bench.stamp import stamp
 from tta.adapter.memo import Memo
 from tta.adapter.starts import starts_of
 
@@ -99,11 +98,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "command": "python -m bench.memo",
+        **stamp("python -m bench.memo"),
         "images": arguments.images,
         "shifts": {s: measure(s, arguments.images) for s in arguments.shift or ("gaussian_noise", "contrast")},
     }

@@ -18,13 +18,13 @@ step size of a grid. Writes `results/theory.{json,md,png}`.
 
 import argparse
 import json
-import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bench.stamp import stamp
 
 RESULTS = Path(__file__).parent / "results"
 DIMENSION, WIDTH = 20, 4
@@ -134,11 +134,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.theory", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "command": "python -m bench.theory",
+        **stamp("python -m bench.theory"),
         "shifts": {k: experiment(k) for k in ("input perturbation", "label scaling")},
     }
     (RESULTS / "theory.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -108,7 +108,9 @@ class AdaptConfig(Section):
     )
     blocks: int = Field(2, ge=1, le=16, description="blocks that reach the second rung of the race")
     folds: int = Field(2, ge=2, le=10, description="folds of the choice on the fit labels")
-    epochs: int = Field(20, ge=1, le=1000, description="passes over the fit labels")
+    epochs: int = Field(
+        20, ge=1, le=1000, description="passes over the fit labels; beside the window half, or more if few"
+    )
     batch_size: int = Field(32, ge=2, description="labels a step")
     learning_rates: tuple[float, ...] = Field((1e-3, 3e-3), min_length=1, description="of blocks before the head")
     head_learning_rates: tuple[float, ...] = Field((1e-2, 1e-1), min_length=1, description="of the head")

@@ -25,6 +25,7 @@ import numpy as np
 from bench.cifar import CACHE
 from bench.drift import parts, report
 from bench.drift.data import Draw, prepare
+from bench.stamp import stamp
 from tta.packaging.reference import Whitening, fit_whitening
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +194,6 @@ def main() -> int:
         "--quick", action="store_true", help="one draw, ARL 1,000, no peers: a look at what changed"
     )
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     n_draws = 1 if arguments.quick else arguments.draws
     prepare(lambda what: print(what, flush=True))
     draws = {seed: Draw(seed) for seed in range(max(n_draws, PEER_DRAWS if not arguments.quick else 1))}
@@ -234,7 +234,7 @@ def main() -> int:
         found["peers"] = {}
     command = "python -m bench.drift" + " --peers PYTHON" * len(arguments.peers) + " --quick" * arguments.quick
     command += "".join(f" --part {p}" for p in arguments.part or ())
-    report.write(found, RESULTS, command, commit)
+    report.write(found, RESULTS, stamp(command))
     return 0
 
 

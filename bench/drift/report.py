@@ -1,6 +1,5 @@
 """Tables and pictures of what `python -m bench.drift` measured."""
 
-import datetime
 import json
 import platform
 from collections.abc import Callable
@@ -120,23 +119,20 @@ MEASURED: dict[str, Callable[[Json], Json]] = {  # part, and what the report kee
 }
 
 
-def write(found: Json, folder: Path, command: str, commit: str) -> None:
+def write(found: Json, folder: Path, now: dict[str, str]) -> None:
     """Write drift.json, drift.md and drift.png.
 
     Args:
         found: parts that were measured now; all others stay as drift.json has them, with their commit.
         folder: of the results.
-        command: that measured.
-        commit: measured now.
+        now: the stamp of what was measured now.
     """
     path = folder / "drift.json"
     before: Json = json.loads(path.read_text()) if path.exists() and not set(MEASURED) <= set(found) else {}
     data: Json = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "command": command.strip(),
+        **now,
         "python": platform.python_version(),
-        "commits": {part: commit if part in found else before["commits"][part] for part in MEASURED},
+        "commits": {part: now["commit"] if part in found else before["commits"][part] for part in MEASURED},
     }
     for part, keep in MEASURED.items():
         kept = keep(found) if part in found else {k: v for k, v in before.items() if k in KEYS[part]}

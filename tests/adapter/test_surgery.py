@@ -277,6 +277,16 @@ def test_stored_views_give_what_fresh_ones_give(patient: Patient, anatomy: Anato
     assert type(views_for(patient, labels, None, (), anatomy.cut_before("head"), 10, 0)) is Views
 
 
+def test_a_window_smaller_than_a_step_is_used_whole(patient: Patient, anatomy: Anatomy) -> None:
+    """Of 40 unlabelled images a step that wants 64 takes all 40, stored or fresh."""
+    x, y = digits("stream", 40, seed=18)
+    labels, window = known(patient, x[:8], y[:8]), patient.images(x)
+
+    for cut in (None, anatomy.cut_before("block2")):
+        views = views_for(patient, labels, window, ("crop",), cut, 1 << 28, 0)
+        assert len(views.unlabelled(64)) == 40
+
+
 def test_unlabelled_images_raise_information(patient: Patient, anatomy: Anatomy) -> None:
     """Tuned on unlabelled noisy images alone, the first block makes predictions surer, as varied, and righter."""
     x, y = digits("stream", 400, seed=16)

@@ -119,7 +119,7 @@ class Race:
         self._known = torch.nonzero(~labels.wrong)[:, 0]
         self._began = monotonic()
         self._views: dict[str, Views] = {}
-        self._longest = 0.0  # seconds that one such would have taken
+        self._longest = 0.0  # seconds of a fit of all epochs on one fold, of the slowest plan so far
 
     def run(self) -> Result:
         """Find the best candidate.
@@ -294,8 +294,9 @@ class Race:
             self.patient.load(self.starts[self.start])
             cut = self.anatomy.cut_before(plan.name) if plan.name in self.anatomy.tensors else None
             s = self.settings
+            memory = s.memory_bytes // (len(self.anatomy.tensors) - 1)  # the first block stores nothing
             self._views[plan.name] = views_for(
-                self.patient, self.labels, self.window, s.augment, cut, s.memory_bytes, s.seed
+                self.patient, self.labels, self.window, s.augment, cut, memory, s.seed
             )
         return self._views[plan.name]
 

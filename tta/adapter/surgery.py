@@ -8,7 +8,7 @@ images (sure of each, different over all) is that of SHOT (Liang et al., ICML 20
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -211,17 +211,4 @@ def delta_of(state: State, source: Mapping[str, Tensor]) -> dict[str, npt.NDArra
         n: t.detach().cpu().numpy()
         for n, t in state.items()
         if t.is_floating_point() and not torch.equal(t.cpu(), source[n].cpu())
-    }
-
-
-def interpolate(start: State, end: State, share: float) -> State:
-    """Weights `share` of the way from start to end (WiSE-FT, Wortsman et al., CVPR 2022)."""
-    return {n: torch.lerp(start[n], t, share) if t.is_floating_point() else t for n, t in end.items()}
-
-
-def average(states: Sequence[State]) -> State:
-    """Mean of the weights of several networks tuned from one start (a soup, Wortsman et al., ICML 2022)."""
-    return {
-        n: torch.stack([s[n] for s in states]).mean(dim=0) if t.is_floating_point() else t
-        for n, t in states[0].items()
     }

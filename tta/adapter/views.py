@@ -104,7 +104,7 @@ class Views:
         return self._view(self.labels.images[index])
 
     def unlabelled(self, n: int) -> Tensor:
-        """(n, ...) the same of the next unlabelled images; each comes once before any comes again."""
+        """(n or all, ...) the same of the next unlabelled images; each comes once before any comes again."""
         assert self._window is not None
         return self._view(self._window[self._next(n, len(self._window))])
 
@@ -151,7 +151,7 @@ class StoredViews(Views):
         if self._unlabelled is None:
             self._unlabelled = self._store(self._window, UNLABELLED_VIEWS)
         index = self._next(n, self._unlabelled.shape[1])
-        return self._unlabelled[torch.randint(len(self._unlabelled), (n,), device=index.device), index]
+        return self._unlabelled[torch.randint(len(self._unlabelled), (len(index),), device=index.device), index]
 
     def _store(self, images: Tensor, n_views: int) -> Tensor:
         """(views, N, ...) at the cut; the first view is the image itself."""

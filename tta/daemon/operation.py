@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from tta.config import Config
+from tta.config import AdaptConfig, Config
 from tta.daemon import gate
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger, stack_inputs
@@ -112,7 +112,7 @@ class Operation:
         request = {
             "suited": suited,
             "starts": {name: str(path) for name, path in folders.items() if path is not None},
-            "settings": self._settings(),
+            "settings": race_settings(self.config.adapt),
         }
         (folder / "request.json").write_text(json.dumps(request))
 
@@ -128,24 +128,6 @@ class Operation:
         """Give up the operation under way."""
         self._job += 1
         self.adapter.cancel()
-
-    def _settings(self) -> dict[str, Any]:
-        """What the race needs; see `tta.adapter.race.Settings`."""
-        c = self.config.adapt
-        return {
-            "selection": c.selection,
-            "n_blocks": c.blocks,
-            "folds": c.folds,
-            "epochs": c.epochs,
-            "batch_size": c.batch_size,
-            "learning_rates": c.learning_rates,
-            "head_learning_rates": c.head_learning_rates,
-            "augment": c.augment,
-            "unlabelled": c.unlabelled,
-            "budget_s": c.budget_s,
-            "memory_bytes": c.memory_bytes,
-            "seed": c.seed,
-        }
 
     def _candidate(
         self,
@@ -239,3 +221,21 @@ def arrays_of(rows: list[Labelled]) -> tuple[Array, Array]:
     if not usable:
         return np.zeros((0, 1, 1, 1), np.uint8), np.zeros(0, np.int64)
     return np.stack([x for x, _ in usable]), np.array([label for _, label in usable], np.int64)
+
+
+def race_settings(c: AdaptConfig) -> dict[str, Any]:
+    """What the race needs; see `tta.adapter.race.Settings`."""
+    return {
+        "selection": c.selection,
+        "n_blocks": c.blocks,
+        "folds": c.folds,
+        "epochs": c.epochs,
+        "batch_size": c.batch_size,
+        "learning_rates": c.learning_rates,
+        "head_learning_rates": c.head_learning_rates,
+        "augment": c.augment,
+        "unlabelled": c.unlabelled,
+        "budget_s": c.budget_s,
+        "memory_bytes": c.memory_bytes,
+        "seed": c.seed,
+    }

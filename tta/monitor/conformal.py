@@ -9,7 +9,7 @@ of that, for k = 1, 2, 4, ... together, and with `CONFIDENCE` over the draw of t
 assumes independent samples in the reference's class mix; of sticky traffic only every n-th is taken.
 
 A shift of the mean that hardly lengthens one residual stands out of a mean of six; longer groups leave too few of
-them in a reference of 2,000 to be surprised by (`bench/results/drift.md`).
+them in a reference of 2,000 to be surprised by.
 
 Source: Shin, Ramdas and Rinaldo, E-detectors, NEJSDS 2024; Vovk et al. for the p-values.
 """
