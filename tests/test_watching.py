@@ -190,8 +190,6 @@ def test_a_regime_of_one_camera_is_hers_alone(bundle: Bundle, watch: Watch) -> N
     regime = watch.library.add(1, "input", 0.8, shape, 0, watch.keys)
     watch.enter(regime, 2000)
     assert feed(2000, moved_later, later) == []
-    assert watch.recognised() is None  # one look is not enough
-    feed(4000, moved_later, later)
     found = watch.recognised()
     assert found is not None
     assert found.number == regime.number

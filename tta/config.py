@@ -122,6 +122,10 @@ class AdaptConfig(Section):
     unlabelled: float = Field(
         1.0, ge=0, le=100, description="weight of the unlabelled images in the final fit; 0: labels alone"
     )
+    label_free: Annotated[Literal["immediate", "off"], _Off] = Field(
+        "off",
+        description="immediate: until labels decide, serve re-estimated normalisation if predictions are surer",
+    )
     augment: tuple[Literal["flip", "crop"], ...] = Field(
         ("flip", "crop"), description="changes that keep the class"
     )

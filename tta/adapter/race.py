@@ -26,14 +26,14 @@ from torch import Tensor
 from tta.adapter.criteria import relative_gradient_norm
 from tta.adapter.methods import Anatomy, Rates, block_plans, every_block, method_plans
 from tta.adapter.patient import Patient, State
-from tta.adapter.surgery import WINDOW_SHARE, Plan, adapt, information
+from tta.adapter.starts import information_of
+from tta.adapter.surgery import WINDOW_SHARE, Plan, adapt
 from tta.adapter.views import Labels, Views, views_for
 from tta.config import METHODS, SELECTIONS
 from tta.errors import AdaptationError
 
 Progress = Callable[[str, int, int], None]
 SHORT, LONG = 0.25, 0.5  # of the epochs: fits of the first rung; of the second, and with the window
-LOOKED_AT = 256  # unlabelled images that starts are compared on
 WINDOW_PASSES = 3  # over the unlabelled images, at least
 TRUSTED_LABELS = 128  # whose loss weighs half
 
@@ -161,8 +161,8 @@ class Race:
         for name, state in self.starts.items():
             self.patient.load(state)
             scores[name] = self.patient.accuracy(self.labels.images[self._known], self.labels.y[self._known])
-            if self.window is not None:
-                self.information[name] = float(information(self.patient.logits(self.window[:LOOKED_AT])))
+        if self.window is not None:
+            self.information = information_of(self.patient, self.starts, self.window)
         best = max(scores.values())
         within = best - _standard_error(best, len(self._known))
         alike = [name for name, score in scores.items() if score >= within]

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from tta.adapter.methods import Anatomy
 from tta.adapter.patient import Patient, State
+from tta.adapter.surgery import information
 
 LABEL_FREE = ("batch-norm", "early-batch-norm", "blended-batch-norm")
+LOOKED_AT = 256  # unlabelled images that starts are compared on
 BLENDED = 0.7  # share of the window's statistics, the rest the source's
 
 
@@ -44,3 +46,12 @@ def starts_of(
             patient.estimate_normalisation(window, tensors, share)
             starts[name] = patient.state()
     return {**starts, **remembered}
+
+
+def information_of(patient: Patient, starts: Mapping[str, State], window: Tensor) -> dict[str, float]:
+    """Nats that the predictions of each start carry on the window: sure of each image, different over all."""
+    found = {}
+    for name, state in starts.items():
+        patient.load(state)
+        found[name] = float(information(patient.logits(window[:LOOKED_AT])))
+    return found

@@ -19,6 +19,7 @@ from tta import log
 from tta.adapter.methods import Anatomy
 from tta.adapter.patient import Patient, State
 from tta.adapter.race import Race, Result, Settings
+from tta.adapter.relief import relieve
 from tta.adapter.starts import LABEL_FREE, starts_of
 from tta.adapter.surgery import delta_of
 from tta.adapter.views import Labels
@@ -66,10 +67,7 @@ class Surgeon:
         """
         request = json.loads((folder / "request.json").read_text())
         arrays = load_file(folder / "arrays.safetensors")
-        settings = msgspec.convert(request["settings"], Settings)
         patient = self.patient
-        y, wrong = (torch.from_numpy(arrays[name]).to(patient.device) for name in ("y_fit", "wrong_fit"))
-        labels = Labels(patient.images(arrays["x_fit"]), y, wrong)
         window = patient.images(arrays["x_window"]) if "x_window" in arrays else None
         remembered = {}
         for name, version_folder in request["starts"].items():
@@ -77,6 +75,15 @@ class Surgeon:
             changed = {n: torch.from_numpy(np.array(a)) for n, a in delta.items()}
             remembered[name] = {**self.source, **changed}
         starts = starts_of(patient, self.source, self.anatomy, window, remembered, progress)
+        settings = msgspec.convert(request["settings"], Settings)
+        if "y_fit" not in arrays:
+            if window is None:
+                raise AdaptationError("neither labels nor images to work with")
+            relief = relieve(patient, starts, self.anatomy, window, request["suited"], settings, progress)
+            self._write(folder / "candidate", Result(relief.state, relief.block, relief.start))
+            return {"block": relief.block, "start": relief.start, "information": relief.information}
+        y, wrong = (torch.from_numpy(arrays[name]).to(patient.device) for name in ("y_fit", "wrong_fit"))
+        labels = Labels(patient.images(arrays["x_fit"]), y, wrong)
         race = Race(patient, starts, self.anatomy, labels, window, request["suited"], settings, progress)
         result = race.run()
         if not delta_of(result.state, self.source):

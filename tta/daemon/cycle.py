@@ -29,7 +29,10 @@ class Event(StrEnum):
     NOTICE = "notice"  # it is not: worth knowing, no reason to act
     KNOWN = "known"  # a regime of the library is recognised, home among them
     QUIET = "quiet"  # the present regime is recognised again
+    MOVED_ON = "moved_on"  # the traffic has left the present shift for one that nobody knows
     HARMLESS = "harmless"  # no accuracy was lost, as labels or the model's confidence say
+    RELIEVED = "relieved"  # a version made without labels may serve until labels decide
+    SETTLED = "settled"  # such a version, or the one before, has served for long and no labels come
     ENOUGH_LABELS = "enough_labels"
     ACCEPTED = "accepted"
     PROPOSED = "proposed"  # accepted, but the operator must approve
@@ -47,6 +50,7 @@ class Action(StrEnum):
     ADAPT = "adapt"
     CANCEL = "cancel"
     SWAP = "swap"
+    RELIEVE = "relieve"  # swap without leaving the case
     RECALL = "recall"
     ROLL_BACK = "roll_back"
     REMEMBER = "remember"
@@ -66,6 +70,10 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.DRIFTED, E.KNOWN): (S.PROBATION, (A.RECALL,)),
     (S.DRIFTED, E.QUIET): (S.STABLE, (A.WATCH,)),
     (S.DRIFTED, E.HARMLESS): (S.STABLE, (A.ACCEPT_REGIME, A.WATCH)),
+    (S.DRIFTED, E.MOVED_ON): (S.DRIFTED, ()),
+    (S.ADAPTING, E.MOVED_ON): (S.DRIFTED, (A.CANCEL,)),
+    (S.DRIFTED, E.RELIEVED): (S.DRIFTED, (A.RELIEVE,)),
+    (S.DRIFTED, E.SETTLED): (S.STABLE, (A.ACCEPT_REGIME, A.WATCH)),
     (S.DRIFTED, E.ENOUGH_LABELS): (S.ADAPTING, (A.ADAPT,)),
     (S.DRIFTED, E.ACCEPTED): (S.PROBATION, (A.SWAP,)),  # a proposal the operator approves
     (S.DRIFTED, E.OPERATOR): (S.STABLE, (A.WATCH,)),

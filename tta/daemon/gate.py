@@ -1,11 +1,12 @@
 """The verdict on a candidate, from correctness on labels it was not fitted on. No I/O.
 
-`accepted` if the paired exact test against the serving version passes, the candidate's point estimate is not below
-the source's nor the best label-free candidate's, and no class demonstrably falls by more than is allowed;
-`rejected` if it is not even better by the point estimate; otherwise `undecided`, with how many labels it probably
-needs.
+`accepted` if the paired exact test against the serving version passes, the candidate's point estimate is not
+below the source's nor, by more than a standard error, below the best label-free candidate's, and no class
+demonstrably falls by more than is allowed; `rejected` if it is not even better by the point estimate; otherwise
+`undecided`, with how many labels it probably needs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -85,7 +86,7 @@ def judge(
         reason = "no better than the serving version"
     elif own < home:
         reason = "below the source model"
-    elif free is not None and own < free:
+    elif label_free is not None and _behind(candidate, label_free):
         reason = "below the candidate made without labels"
     elif drop > max_class_drop:
         reason = f"class {worst} falls by {100 * drop:.0f} points"
@@ -95,6 +96,13 @@ def judge(
         outcome, reason = "undecided", "better, but it may be chance"
         needed = _labels_needed(candidate, serving, alpha)
     return Verdict(outcome, reason, n, p_val, alpha, own, now, home, free, needed, worst, drop)
+
+
+def _behind(candidate: Sequence[bool], other: Sequence[bool]) -> bool:
+    """Whether a candidate is below another by more than a standard error of their difference."""
+    wins = sum(c and not o for c, o in zip(candidate, other, strict=True))
+    losses = sum(o and not c for c, o in zip(candidate, other, strict=True))
+    return losses - wins > math.sqrt(wins + losses)
 
 
 def _worst_class(

@@ -76,7 +76,8 @@ class Library:
         if not name:
             return None
         arrays = load((self._root / name).read_bytes())
-        return Fingerprint(arrays["mean"], arrays["variance"], float(arrays["threshold"][0]))
+        threshold, n_samples = arrays["scalars"].tolist()
+        return Fingerprint(arrays["mean"], arrays["variance"], arrays["whitening"], threshold, int(n_samples))
 
     def add(
         self,
@@ -122,10 +123,12 @@ class Library:
             name = ""
             if regime.fingerprint is not None:
                 name = f"regimes/{regime.number:06d}.safetensors"
+                f = regime.fingerprint
                 arrays = {
-                    "mean": regime.fingerprint.mean,
-                    "variance": regime.fingerprint.variance,
-                    "threshold": np.array([regime.fingerprint.threshold]),
+                    "mean": f.mean,
+                    "variance": f.variance,
+                    "whitening": f.whitening,
+                    "scalars": np.array([f.threshold, f.n_samples], np.float64),
                 }
                 write_atomically(self._root / name, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
             entries.append(

@@ -19,7 +19,7 @@ from tta.config import AdaptConfig, Config
 from tta.daemon import gate
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger, stack_inputs
-from tta.daemon.links import AdapterLink, Outputs, ShadowLink
+from tta.daemon.links import AdapterLink, Outputs, ShadowLink, VersionFolder
 from tta.daemon.metrics import Metrics
 from tta.daemon.store import Store
 from tta.errors import NotFoundError
@@ -27,6 +27,8 @@ from tta.versions import SOURCE
 
 Array = npt.NDArray[Any]
 MIN_WINDOW = 64  # unlabelled images under which normalisation is not re-estimated
+AS_GOOD = "as good as the candidate made without labels, which is better than the serving version"
+CARRIED = ("serving", "source")
 NORMALISATION = "normalisation"  # what was operated on where no block was
 
 
@@ -71,6 +73,7 @@ class Operation:
         self.adapter = adapter
         self.anchor = anchor
         self._work = work
+        self.relieving = False  # whether a candidate without labels is being made
         self._job = 0  # of the operation under way; an answer to an older one is dropped
         shutil.rmtree(work, ignore_errors=True)  # requests of a daemon that was killed
 
@@ -94,27 +97,19 @@ class Operation:
             concluded: told how it ended.
         """
         self._job += 1
+        self.relieving = False
         job, began = self._job, time.monotonic()
         labelled = self.labels.select(onset, fit=True, limit=self.config.adapt.max_labels)
         if not labelled:
             concluded(Conclusion(0, 0.0, {"error": "no labels to fit"}))
             return
-        folder = self._work / f"request-{job}"
-        folder.mkdir(parents=True)
         wrong = self.labels.known_wrong(onset, limit=self.config.adapt.max_labels)
         x, y = arrays_of([*labelled, *(replace(r, label=r.predicted) for r in wrong)])
         arrays = {"x_fit": x, "y_fit": y, "wrong_fit": np.arange(len(y)) >= len(y) - len(wrong)}
         window = stack_inputs(self.ledger.since(onset, self.config.adapt.window))
         if window is not None and len(window) >= MIN_WINDOW:
             arrays["x_window"] = window
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
-        folders = {name: self.store.folder(v) for name, v in {"serving": serving, **near}.items()}
-        request = {
-            "suited": suited,
-            "starts": {name: str(path) for name, path in folders.items() if path is not None},
-            "settings": race_settings(self.config.adapt),
-        }
-        (folder / "request.json").write_text(json.dumps(request))
+        folder = self._request(job, arrays, {"serving": serving, **near}, suited)
 
         def finished(header: dict[str, Any]) -> None:
             self.metrics.phase_s.labels("adapt").observe(time.monotonic() - began)
@@ -124,8 +119,57 @@ class Operation:
 
         self.adapter.submit(folder, finished)
 
+    def relieve(
+        self, window: Array, serving: int, suited: str, done: Callable[[int, dict[str, float]], None]
+    ) -> None:
+        """Make a candidate without labels; it is stored.
+
+        Args:
+            window: (N, H, W, C) uint8 images since the onset, at least `MIN_WINDOW`.
+            serving: version in service.
+            suited: block to tune if there are enough images, or "".
+            done: gets its number, 0 if there can be none, and the nats that the predictions of "serving", "source"
+                and "candidate" carry.
+        """
+        self._job += 1
+        job, began = self._job, time.monotonic()
+        self.relieving = True
+        folder = self._request(job, {"x_window": window}, {"serving": serving}, suited)
+
+        def finished(header: dict[str, Any]) -> None:
+            if job == self._job:
+                self.relieving = False
+                self.metrics.phase_s.labels("relieve").observe(time.monotonic() - began)
+                if header["op"] == "failed":
+                    self._count("", "failed")
+                    done(0, {})
+                else:
+                    carried = header["information"]
+                    others = {n: carried.get(n, carried["source"]) for n in CARRIED}
+                    report = {"information": carried, "n_window": len(window)}
+                    version = self._keep(folder / "candidate", header["block"], header["start"], report)
+                    done(version, {"candidate": carried["candidate"], **others})
+            shutil.rmtree(folder, ignore_errors=True)
+
+        self.adapter.submit(folder, finished)
+
+    def _request(self, job: int, arrays: Mapping[str, Array], starts: Mapping[str, int], suited: str) -> Path:
+        """Write what the adapter is to work on; the source needs no folder."""
+        folder = self._work / f"request-{job}"
+        folder.mkdir(parents=True)
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
+        folders = {name: self.store.folder(v) for name, v in starts.items()}
+        request = {
+            "suited": suited,
+            "starts": {name: str(path) for name, path in folders.items() if path is not None},
+            "settings": race_settings(self.config.adapt),
+        }
+        (folder / "request.json").write_text(json.dumps(request))
+        return folder
+
     def cancel(self) -> None:
         """Give up the operation under way."""
+        self.relieving = False
         self._job += 1
         self.adapter.cancel()
 
@@ -154,28 +198,58 @@ class Operation:
             concluded(Conclusion(0, 0.0, {"error": "no gate labels"}, 16))
             return
         x, y = arrays_of(rows)
+        x_fit, y_fit = arrays_of(self.labels.select(onset, fit=True, limit=self.config.adapt.max_labels))
         job, began = self._job, time.monotonic()
+        answers: list[Outputs | None] = []
 
         def judged(outputs: Outputs | None) -> None:
+            answers.append(outputs)
+            if len(answers) < 1 + (free is not None):
+                return
             self.metrics.phase_s.labels("gate").observe(time.monotonic() - began)
+            good = [a for a in answers if a is not None]
             if job != self._job:
                 self._discard(candidates)
-            elif outputs is None:
+            elif len(good) < len(answers):
                 self._discard(candidates)
                 self._count(block, "failed")
                 concluded(Conclusion(0, 0.0, {"error": "the shadow could not run the candidate"}))
             else:
-                concluded(self._judge(outputs, y, version, free, block, alpha))
+                on_fit = [(logits.argmax(axis=1) == y_fit).tolist() for logits, _ in good[-1]] if free else []
+                concluded(self._judge(good[0], y, on_fit, y_fit, version, free, block, alpha))
+
+        def folders(versions: list[int]) -> list[VersionFolder]:
+            return [(v, self.store.folder(v)) for v in versions]
 
         versions = [version, serving, SOURCE, *([free] if free is not None else [])]
-        self.shadow.ask(
-            [(v, self.store.folder(v)) for v in versions], np.concatenate([x, self.anchor["x"]]), judged
-        )
+        self.shadow.ask(folders(versions), np.concatenate([x, self.anchor["x"]]), judged)
+        if free is not None:
+            self.shadow.ask(folders([free, serving, SOURCE]), x_fit, judged)
 
     def _judge(
-        self, outputs: Outputs, y: Array, version: int, free: int | None, block: str, alpha: float
+        self,
+        outputs: Outputs,
+        y: Array,
+        on_fit: list[list[bool]],
+        y_fit: Array,
+        version: int,
+        free: int | None,
+        block: str,
+        alpha: float,
     ) -> Conclusion:
-        """Ask the gate; the candidate made without labels may win if they did not help."""
+        """Ask the gate; the candidate made without labels may win if they did not help.
+
+        Args:
+            outputs: of candidate, serving, source and label-free candidate on gate and anchor images.
+            y: (N,) the gate's labels.
+            on_fit: whether label-free candidate, serving and source are right on the fit labels. None of them has
+                learned from those, so they judge as well.
+            y_fit: (M,) the fit labels.
+            version: candidate.
+            free: label-free candidate, if there is one.
+            block: operated on.
+            alpha: to spend.
+        """
         classes = [logits.argmax(axis=1) for logits, _ in outputs]
         candidate, serving, source, *others = [(c[: len(y)] == y).tolist() for c in classes]
         label_free = others[0] if others else None
@@ -184,8 +258,15 @@ class Operation:
         alpha /= 1 if free is None else 2  # two candidates share it
         verdict, kept = gate.judge(candidate, serving, source, label_free, alpha, **guard), on_anchor[0]
         if label_free is not None and free is not None:
-            plain = gate.judge(label_free, serving, source, None, alpha, **guard)
-            if verdict.outcome != "accepted" and plain.outcome == "accepted":
+            guard["classes"] = [*y.tolist(), *y_fit.tolist()]
+            all_free, all_serving, all_source = (
+                a + b for a, b in zip((label_free, serving, source), on_fit, strict=True)
+            )
+            plain = gate.judge(all_free, all_serving, all_source, None, alpha, **guard)
+            if verdict.outcome == "undecided" and plain.outcome == "accepted":
+                # What needs no labels is proven by all of them, and the candidate is no worse on the gate's.
+                verdict = replace(verdict, outcome="accepted", reason=AS_GOOD, p_val=plain.p_val, labels_needed=0)
+            elif verdict.outcome != "accepted" and plain.outcome == "accepted":
                 self._count(block, verdict.outcome)
                 verdict, version, free, block, kept = plain, free, version, "", on_anchor[3]
             self._discard([free])

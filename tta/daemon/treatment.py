@@ -16,7 +16,7 @@ from tta.config import Config
 from tta.daemon import gate
 from tta.daemon.cycle import Cycle, Event, State
 from tta.daemon.labels import LabelBuffer, Labelled
-from tta.daemon.ledger import Ledger
+from tta.daemon.ledger import Ledger, stack_inputs
 from tta.daemon.library import HOME, Library, Regime
 from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink, VersionFolder
 from tta.daemon.metrics import Metrics
@@ -40,8 +40,11 @@ MIN_ADAPT_LABELS = 16
 MIN_OUTCOMES = 16  # labelled predictions under which nothing can be said of the errors
 WARM_STARTS = 2  # cured regimes most like the present one, from which an operation may also start
 NEW = -1
+RELIEF = "relief"  # why a version made without labels serves
+RELIEF_SAMPLES = 64  # images of a shift before normalisation is re-estimated; again with four times as many
+MAX_CLASS_RUN = 3.0  # classes that come in longer runs would spoil the estimate
 JUDGED_SAMPLES = 256  # after which a shift is taken for harmless unless it looks harmful
-SUSPICION_SAMPLES = 128  # to find out where the traffic of a cured regime went before it is an alarm
+SUSPICION_SAMPLES = 48  # to find out where the traffic of a cured regime went before it is an alarm
 
 
 @dataclass
@@ -64,11 +67,13 @@ class Case:
         paused: nothing may be changed.
         swap_to: version the server has been asked to serve and has not confirmed; -1 for none.
         swap_regime: regime that version is for.
-        swap_reason: "promotion", "recall" or "rollback".
+        swap_reason: "promotion", "relief", "recall" or "rollback".
         target: number of the recalled regime that is on probation; -1 for a new one.
         actionable: whether the present shift is a reason to act; None while that is not known.
         keys: sources the present shift concerns; empty for all.
         accepted: the operator has taken the present shift for normal.
+        proven: version that served before one made without labels took its place; -1 if none has.
+        relief: images the last version made without labels was made from.
         looks: how often the present shift's labels have been put to a test; each look spends half of the
             alpha that is left, so that all together spend no more than `gate.alpha`.
     """
@@ -92,6 +97,8 @@ class Case:
     target: int = NEW
     accepted: bool = False
     looks: int = 0
+    proven: int = -1
+    relief: int = 0
     actionable: bool | None = None
     keys: tuple[str, ...] = ()
 
@@ -145,6 +152,7 @@ class Treatment:
         self._recall_at = RECALL_LABELS
         self._recalling = False
         self._suspicion: Finding | None = None
+        self._labelled_at = 0  # place of the stream at which the last labels came
         self._suspected_at = 0  # samples watched when it arose
         self._unfinished = False  # a swap that a killed daemon had asked for
 
@@ -276,6 +284,7 @@ class Treatment:
         self.case.cause, self.case.onset, self.case.kind = cause, onset, ""
         self.case.wanted, self.case.forced, self.case.proposal = self.config.adapt.labels, False, 0
         self.case.looks, self.case.actionable, self.case.keys, self.case.accepted = 0, None, (), False
+        self.case.proven, self.case.relief = -1, 0
         self.diagnosis = None
         self._recall_at = RECALL_LABELS
         self._suspicion = None
@@ -356,10 +365,29 @@ class Treatment:
                 sample = self.case.onset
             if self.cycle.state is State.STABLE:
                 self._open_case("charts", sample)
+            self._remember_relief(self.sequence - WINDOW)
             self.case.target = found.number
             self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
         elif self._suspicion is not None and self.watch.n_watched - self._suspected_at > SUSPICION_SAMPLES:
             self._raise_suspicion()
+        elif self.cycle.state in (State.DRIFTED, State.ADAPTING) and not self.case.proposal:
+            onset = self.watch.moved_on()
+            if onset is not None:
+                self._move_on(onset)
+
+    def _move_on(self, onset: int) -> None:
+        """The traffic has left the present shift for one that nobody knows: a case of its own."""
+        self._remember_relief(onset)
+        if self.happen(Event.MOVED_ON, onset=onset):
+            self._open_case("charts", onset)
+            self.save()
+
+    def _remember_relief(self, until: int) -> None:
+        """What was made without labels for a shift that ends may be of use when it returns."""
+        found = self.watch.fingerprint(until) if self.case.proven >= 0 else None
+        if found is not None:
+            serving, kind, accuracy = self.case.serving, self.case.kind, self._measured_accuracy()
+            self.case.regime = self.library.add(serving, kind, accuracy, found, self.sequence).number
 
     def _wait_for_labels(self) -> None:
         """A regime is recognised that labels must confirm (`_recall_by_labels`): till then it is a shift."""
@@ -401,6 +429,7 @@ class Treatment:
         Labels we asked for are of uncertain predictions: they say nothing of the error rate.
         """
         case = self.case
+        self._labelled_at = self.sequence
         own = [
             r
             for r in rows
@@ -414,7 +443,10 @@ class Treatment:
             alarmed = self.watch.label(row.sequence, wrong, row.confidence if row.version == SOURCE else None)
             if alarmed and self.cycle.state is State.STABLE:
                 onset = self.watch.error_onset()
-                self._open_case("labels", onset)
+                if self._suspicion is not None:  # the charts saw it first
+                    onset = min(onset, self._suspicion.onset)
+                cause = "labels" if self._suspicion is None else "charts"
+                self._open_case(cause, onset)
                 self.metrics.alarms.labels("labels").inc()
                 self.happen(
                     Event.ALARM, cause="labels", statistic=round(self.watch.label_statistic, 3), onset=onset
@@ -475,9 +507,13 @@ class Treatment:
                 self._recall_by_labels()
             # A restarted daemon has to see the traffic again before it judges it.
             seen = self.watch.n_since() >= WINDOW
-            if have >= self.case.wanted and (seen or self.case.forced):
+            if have >= self.case.wanted and (seen or self.case.forced) and not self.operation.relieving:
                 self._decide_whether_to_adapt(have)
-            elif self.case.actionable is False and self.watch.fingerprint() is not None and not self.case.paused:
+            elif self._is_settled():
+                self.happen(Event.SETTLED, labels=have, kind=self.case.kind)
+            elif self._may_be_relieved():
+                self._seek_relief()
+            elif self.case.actionable is False and self.watch.knows_shift() and not self.case.paused:
                 if self._p_value_of_harm()[2] <= HARM_P_VALUE:
                     self._act_on_it(cause="labels")
                 else:
@@ -485,7 +521,7 @@ class Treatment:
         elif self.cycle.state is State.PROBATION and self._probation_from is not None and self.acting:
             elapsed = time.monotonic() - self._probation_from
             enough = self._paired.n_labels >= self.config.gate.probation_labels
-            known = self.target is not None or self.case.kind == "output" or self.watch.fingerprint() is not None
+            known = self.target is not None or self.case.kind == "output" or self.watch.knows_shift()
             if known and (enough or elapsed >= self.config.gate.probation_s):
                 self.happen(Event.CONFIRMED, labels=self._paired.n_labels, seconds=round(elapsed, 3))
 
@@ -497,8 +533,8 @@ class Treatment:
         self.diagnosis = self.watch.diagnose(errors_up and self.case.cause != "charts")
         self.case.kind = self.diagnosis.kind
         evidence = {"labels": have, "errors": wrong, "p_val": round(p_val, 6), **asdict(self.diagnosis)}
-        if not errors_up and not self.case.forced:
-            if self.case.cause != "charts" or self.watch.fingerprint() is None:
+        if not errors_up and not self.case.forced and self.case.proven < 0:
+            if self.case.cause != "charts" or not self.watch.knows_shift():
                 self.happen(Event.QUIET, **evidence)
             elif self.acting:
                 self.happen(Event.HARMLESS, **evidence)
@@ -508,7 +544,10 @@ class Treatment:
     def _p_value_of_harm(self) -> tuple[int, int, float]:
         """Labelled outcomes since the onset, errors among them, and how likely so many are if all is in order."""
         n, wrong = self.labels.outcomes(self.case.onset, self.case.serving)
-        null = min(0.99, max(0.005, 1 - self.regime.accuracy + self.config.monitor.error_tolerance))
+        usual = self.regime.accuracy
+        if self.case.cause == "charts":  # of traffic unlike the present regime's, more can be asked
+            usual = max(usual, self.library.regimes[HOME].accuracy)
+        null = min(0.99, max(0.005, 1 - usual + self.config.monitor.error_tolerance))
         return n, wrong, binomial_tail(wrong, n, null)
 
     def _recall_by_labels(self) -> None:
@@ -556,7 +595,64 @@ class Treatment:
             for r in self.watch.nearest_regimes(WARM_STARTS)
             if r.version != self.case.serving
         }
-        self.operation.start(self.case.onset, self.case.serving, near, suited, self.next_alpha(), self._concluded)
+        proven = self.case.serving
+        if self.case.proven >= 0:
+            near["relief"], proven = proven, self.case.proven
+        self.operation.start(self.case.onset, proven, near, suited, self.next_alpha(), self._concluded)
+
+    # -- relief without labels --------------------------------------------------------------------------------
+
+    def _may_be_relieved(self) -> bool:
+        """Whether a version may be made without labels now, for the first time or of four times as many images."""
+        case = self.case
+        return bool(
+            self.config.adapt.label_free == "immediate"
+            and self.config.mode == "auto"
+            and self.acting
+            and case.actionable
+            and case.cause == "charts"
+            and not case.keys
+            and not self.operation.relieving
+            and self.watch.n_since() >= max(RELIEF_SAMPLES, 4 * case.relief)
+        )
+
+    def _seek_relief(self) -> None:
+        case, onset = self.case, self.case.onset
+        window = stack_inputs(self.ledger.since(onset, self.config.adapt.window))
+        if window is None or len(window) < max(RELIEF_SAMPLES, 4 * case.relief):
+            return
+        case.relief = len(window)
+        if self.watch.class_run() > MAX_CLASS_RUN:
+            return
+        found = self.watch.diagnose(errors_up=False)
+        suited = found.block if found.kind == "input" else ""  # others want labels
+
+        def done(version: int, carried: dict[str, float]) -> None:
+            still = self.cycle.state is State.DRIFTED and case.onset == onset and self.acting and not self.swapping
+            others = max(carried.get("serving", 0.0), carried.get("source", 0.0))
+            if not version:
+                return
+            if not still or carried["candidate"] <= others:
+                self.store.discard(version)
+                return
+            self.store.amend(
+                version, verdict={"outcome": "accepted", "reason": "more information", "information": carried}
+            )
+            self.case.proposal = version
+            self.happen(Event.RELIEVED, candidate=version, images=len(window), information=carried)
+
+        self.operation.relieve(window, case.serving, suited, done)
+
+    def _relieve(self) -> None:
+        if self.case.proven < 0:
+            self.case.proven = self.case.serving
+        self._change(self.case.proposal, self.case.regime, RELIEF)
+
+    def _is_settled(self) -> bool:
+        """Whether the shift has lasted, something other than the source serves it, and no labels come any more."""
+        quiet = self.sequence - max(self._labelled_at, self.case.onset) >= self.config.monitor.window
+        relieved = self.case.proven >= 0 or (self.case.looks > 0 and self.case.serving != SOURCE)
+        return self.acting and relieved and quiet and self.watch.knows_shift()
 
     def next_alpha(self) -> float:
         """What the next look at this shift's labels may spend: alpha/2, alpha/4, ... of `gate.alpha`."""
@@ -663,13 +759,14 @@ class Treatment:
         self.metrics.version.set(version)
         self.metrics.regime.set(regime)
         self.record("swapped", reason=reason, serving=version, regime=regime)
-        if self.cycle.state is not State.PROBATION or self.target is not None:
+        if reason != RELIEF and (self.cycle.state is not State.PROBATION or self.target is not None):
             self.watch.enter(self.regime, self.sequence)
         self.save()
 
     def _roll_back(self) -> None:
         if self.case.target != NEW:
-            self.library.forget(self.case.target)
+            # It may still be right for the regime it was made for: this traffic only looked like that one.
+            self.watch.excluded.add(self.case.target)
         self.case.kind = ""
         self._change(self.case.previous, self.case.previous_regime, "rollback")
 
@@ -693,14 +790,17 @@ class Treatment:
         self.server.release()
         self.metrics.regime.set(self.case.regime)
 
+    def _measured_accuracy(self) -> float:
+        """Of the serving version since the onset; of its regime, less what is accepted, without labels."""
+        n, wrong = self.labels.outcomes(self.case.onset, self.case.serving)
+        return 1 - wrong / n if n >= MIN_OUTCOMES else self.regime.accuracy - self.config.monitor.accepted_loss
+
     def _accept_regime(self) -> None:
         """A shift that costs no accuracy, or one the operator accepts: the version stays, the regime is new."""
-        n, wrong = self.labels.outcomes(self.case.onset, self.case.serving)
-        usual = self.regime.accuracy
-        accuracy = 1 - wrong / n if n >= MIN_OUTCOMES else usual - self.config.monitor.accepted_loss
+        accuracy = self._measured_accuracy()
         # What was let pass must not raise the bar for what would be noticed.
-        if not self.case.accepted:
-            accuracy = max(accuracy, usual - self.config.monitor.error_tolerance)
+        if not self.case.accepted and self.case.proven < 0:
+            accuracy = max(accuracy, self.regime.accuracy - self.config.monitor.error_tolerance)
         found = None if self.case.cause == "labels" else self.watch.fingerprint()
         regime = self.library.add(
             self.case.serving, self.case.kind, accuracy, found, self.sequence, self.case.keys
@@ -712,6 +812,7 @@ class Treatment:
         self.case.cause, self.case.kind, self.case.proposal = "", "", 0
         self.case.target, self._suspicion = NEW, None
         self.case.actionable, self.case.keys = None, ()
+        self.watch.excluded.clear()
         self.watch.enter(self.regime, self.sequence)
 
     def accuracy(self) -> dict[str, float]:
@@ -804,7 +905,7 @@ class Treatment:
         if self.cycle.state is not State.DRIFTED:
             raise PreconditionError(f"there is no shift to accept: the cycle is {self.cycle.state}")
         self._refuse_while_swapping()
-        if self.case.cause != "labels" and self.watch.fingerprint() is None:
+        if self.case.cause != "labels" and not self.watch.knows_shift():
             seen = self.watch.n_since()
             raise PreconditionError(f"only {seen} samples of the shift have been seen: try again a little later")
         self.case.accepted = True

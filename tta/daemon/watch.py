@@ -22,11 +22,14 @@ from tta.monitor.history import History, Samples
 from tta.monitor.monitor import HISTORY, DriftMonitor
 from tta.monitor.reference import confidence
 from tta.monitor.regimes import WINDOW, Fingerprint, fingerprint, recognise
-from tta.monitor.sources import Sources
-from tta.monitor.stickiness import Stickiness
+from tta.monitor.sources import ASTRAY, Sources
+from tta.monitor.stickiness import REPEATS, SEGMENT, Stickiness, measure
 
-CHECK_EVERY = 16  # samples between two looks at which regime this is
-AGREEING_CHECKS = 2  # looks in a row that must agree
+CHECK_EVERY = 8  # samples between two looks at which regime this is
+MIN_PRINTED = 256  # samples that make a fingerprint to be kept
+MIN_SHAPE = 64  # samples that make one to see whether the traffic is still the same
+MOVED = 16  # samples that are compared with it
+MOVED_LOOKS = 2  # in a row that must find them elsewhere
 SILENT_SAMPLES = 4096  # of others, after which a key has gone
 HUGE = 1e30  # features beyond this are no features
 
@@ -83,6 +86,7 @@ class Watch:
         self.n_refused = 0
         self.n_thinned = 0
         self._newest = -1  # place of the newest sample
+        self.excluded: set[int] = set()  # regimes that the present traffic is not, whatever it looks like
         for regime in library.regimes.values():
             for key in regime.keys:
                 self.sources.number(key)
@@ -120,7 +124,8 @@ class Watch:
         """Recognise regimes only from samples at or after `sequence`."""
         self._since = sequence
         self._unchecked = 0
-        self._last_checks: list[int | None] = []
+        self._shape: Fingerprint | None = None  # of the first samples of the shift
+        self._moved_at, self._moving = 0, 0
         self.restrict(self._expected.keys)
 
     def restrict(self, keys: tuple[str, ...]) -> None:
@@ -217,23 +222,13 @@ class Watch:
         return self._finding(alarm, sequence, self.monitor, False)
 
     def recognised(self) -> Regime | None:
-        """The regime of the last samples, once two looks in a row agree on one."""
+        """The regime of the newest samples, if they are clearly of one; looked for every few samples."""
         if self._unchecked < CHECK_EVERY:
             return None
-        if len(self._since_look(WINDOW)) < WINDOW:
-            return None
         self._unchecked = 0
-        found = self._nearest()
-        self._last_checks = [*self._last_checks, found.number if found else None][-AGREEING_CHECKS:]
-        if found is None or self._last_checks != [found.number] * AGREEING_CHECKS:
-            return None
-        return found
-
-    def _nearest(self) -> Regime | None:
-        """The regime whose fingerprint the newest window is nearest to, each seen through its own keys."""
         every = self.monitor.history.since(self._since)
         home = self.library.regimes[HOME].fingerprint
-        inflation = self.monitor.inflation
+        inflation = self._inflation(every)
         astray = self.sources.shifted(every[-4 * WINDOW :], home, inflation) if home is not None else ()
         regimes, candidates = [], []
         for regime in self.library.regimes.values():
@@ -241,11 +236,17 @@ class Watch:
             window = self._since_look(WINDOW) if keys == self.keys else self.sources.of(every, keys)[-WINDOW:]
             # Home on average is not home if one camera has shifted: whom the regime does not name is at home.
             named = set(astray) <= set(keys)
-            if regime.fingerprint is not None and len(window) == WINDOW and named:
+            if regime.fingerprint is not None and named and regime.number not in self.excluded:
                 regimes.append(regime)
                 candidates.append((regime.fingerprint, window.w))
-        found = recognise(candidates, inflation)
+        present = [i for i, r in enumerate(regimes) if r.number == self.regime.number]
+        found = recognise(candidates, inflation, present[0] if present else None)
         return None if found is None else regimes[found]
+
+    def _inflation(self, every: Samples) -> float:
+        """What chance is to be multiplied by: as the thresholds have it, if these samples bear it out."""
+        repeat, _ = measure(every[-SEGMENT:].w, every[-SEGMENT:].predictions)
+        return min(self.monitor.inflation, Stickiness(min(repeat, REPEATS[-1])).inflation)
 
     def nearest_regimes(self, n: int) -> list[Regime]:
         """The cured regimes that the samples since the last `look_from` are most like, the nearest first."""
@@ -275,11 +276,42 @@ class Watch:
         """How many samples of the shifted keys are remembered since the last `look_from`."""
         return len(self._since_look(self.monitor.history.capacity))
 
-    def fingerprint(self) -> Fingerprint | None:
-        """Of the samples since the last `look_from`; None until there are enough."""
-        found = self._since_look(self.config.window)
-        enough = min(self.config.window, 256)
+    def knows_shift(self) -> bool:
+        """Whether enough samples have been seen since the last `look_from` for a fingerprint."""
+        return self.n_since() >= min(self.config.window, MIN_PRINTED)
+
+    def fingerprint(self, until: int | None = None) -> Fingerprint | None:
+        """Of the samples since the last `look_from`; None until there are enough.
+
+        Args:
+            until: place in the stream of the first sample that no longer belongs.
+        """
+        found = self._since_look(self.monitor.history.capacity)
+        if until is not None:
+            found = found[slice(0, int(np.searchsorted(found.sequences, until)))]
+        found = found[-self.config.window :]
+        enough = min(self.config.window, MIN_PRINTED)
         return fingerprint(found.w, found.predictions) if len(found) >= enough else None
+
+    def moved_on(self) -> int | None:
+        """Has the traffic left the shift that began at the last `look_from` for another?
+
+        Returns:
+            Place in the stream from which the newest samples no longer look like the first ones; None if they do.
+        """
+        if self._newest - self._moved_at < CHECK_EVERY:
+            return None
+        self._moved_at = self._newest
+        since = self._since_look(self.monitor.history.capacity)
+        if len(since) < MIN_SHAPE + MOVED:
+            return None
+        older, newest = since[:-MOVED][: self.config.window], since[-MOVED:]
+        if self._shape is None or (len(older) >= 2 * self._shape.n_samples and not self._moving):
+            self._shape = fingerprint(older.w, older.predictions)
+        inflation = self._inflation(since)
+        moving = self._shape.distance(newest.w, inflation) > ASTRAY * self._shape.threshold
+        self._moving = self._moving + 1 if moving else 0
+        return int(newest.sequences[0]) if self._moving >= MOVED_LOOKS else None
 
     def diagnose(self, errors_up: bool) -> Diagnosis:
         """What kind of shift the samples since the last `look_from` show."""
@@ -292,6 +324,11 @@ class Watch:
             self._loadings,
             self.monitor.inflation,
         )
+
+    def class_run(self) -> float:
+        """Mean length of runs of one predicted class in the samples since the last `look_from`."""
+        found = self._since_look(self.config.window)
+        return measure(found.w, found.predictions)[1]
 
     def predicted_loss(self) -> Loss:
         """How much accuracy the source is thought to have lost on the samples since the last `look_from`."""

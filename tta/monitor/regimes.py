@@ -1,7 +1,9 @@
 """Regimes seen before, home first, as fingerprints in fixed coordinates: the source model's features.
 
-A fingerprint is the mean and spread of residuals. A window of samples belongs to the regime whose mean it is
-nearest to, in units of that regime's own spread, if it is as near as the regime's own windows are.
+A fingerprint is the mean of residuals and how the means of its own windows scatter about it. A window of
+samples belongs to the regime whose mean it is nearest to (Mahalanobis), if it is as near as the regime's own
+windows are and clearly nearer to it than to any other. Small windows decide clear cases, so a returning regime
+is known in about ten samples.
 """
 
 from collections.abc import Sequence
@@ -14,9 +16,11 @@ from tta.monitor.calibration import Bootstrap
 from tta.monitor.charts import Array
 from tta.monitor.stickiness import Stickiness
 
-WINDOW = 48  # samples that are compared with a fingerprint
+WINDOW = 48  # samples that a fingerprint's threshold is for
+LOOKS = (8, 16, 24, 32, WINDOW)  # newest samples that are compared with fingerprints, in this order
+LEAD = 1.1  # the next regime must be farther by a factor of 1 + LEAD/√n: 1.4 of 8 samples, 1.16 of 48
 MATCH_QUANTILE = 0.995  # of a regime's own windows that are recognised as it
-SLACK = 2.0  # a fingerprint from a few hundred samples is itself uncertain
+SHRINKAGE = 0.3  # of the scatter's covariance towards its diagonal: it is known from a few hundred samples
 VARIANCE_FLOOR = 0.05  # of whitened units: a frozen channel must not decide alone
 N_WINDOWS = 2000
 MIN_SAMPLES = 64
@@ -30,12 +34,16 @@ class Fingerprint:
     Attributes:
         mean: (D,) of residuals.
         variance: (D,) of single samples.
+        whitening: (D, D) that gives the means of its windows of `WINDOW` samples unit covariance.
         threshold: largest `distance` of a window that still belongs.
+        n_samples: it was taken from; its own mean is no surer than that.
     """
 
     mean: Array
     variance: Array
+    whitening: Array
     threshold: float
+    n_samples: int
 
     def distance(self, window: Array, inflation: float = 1.0) -> float:
         """Mean squared deviation of the window's mean, in units of what chance gives (about 1 within).
@@ -44,8 +52,9 @@ class Fingerprint:
             window: (n, D) residuals.
             inflation: of the variance of a mean by stickiness.
         """
-        deviation = np.square(window.mean(axis=0) - self.mean) / self.variance
-        return float(deviation.mean() * len(window) / inflation)
+        deviation = self.whitening @ (window.mean(axis=0) - self.mean)
+        chance = WINDOW * (1 / len(window) + 1 / self.n_samples) * inflation
+        return float(deviation @ deviation / len(deviation) / chance)
 
 
 def fingerprint(w: Array, predictions: Array, seed: int = 0) -> Fingerprint:
@@ -61,27 +70,44 @@ def fingerprint(w: Array, predictions: Array, seed: int = 0) -> Fingerprint:
     """
     if len(w) < MIN_SAMPLES:
         raise InputError(f"{len(w)} samples are too few for a fingerprint: {MIN_SAMPLES} are needed")
+    w = np.asarray(w, np.float64)
     mean = w.mean(axis=0)
     variance = np.maximum(w.var(axis=0), VARIANCE_FLOOR)
     draw = Bootstrap(predictions, N_WINDOWS, Stickiness(class_run=MEAN_CLASS_RUN), np.random.default_rng(seed))
     total = np.zeros((N_WINDOWS, w.shape[1]))
     for _ in range(WINDOW):
         total += w[draw.next()]
-    distances = (np.square(total / WINDOW - mean) / variance).mean(axis=1) * WINDOW
-    return Fingerprint(mean, variance, SLACK * float(np.quantile(distances, MATCH_QUANTILE)))
+    deviations = total / WINDOW - mean
+    scatter = deviations.T @ deviations / N_WINDOWS
+    own = np.maximum(np.diag(scatter), VARIANCE_FLOOR / WINDOW)
+    scatter = (1 - SHRINKAGE) * scatter + np.diag(SHRINKAGE * own)
+    whitening = np.linalg.inv(np.linalg.cholesky(scatter))
+    distances = np.square(deviations @ whitening.T).mean(axis=1)
+    return Fingerprint(mean, variance, whitening, float(np.quantile(distances, MATCH_QUANTILE)), len(w))
 
 
-def recognise(candidates: Sequence[tuple[Fingerprint, Array]], inflation: float = 1.0) -> int | None:
+def recognise(
+    candidates: Sequence[tuple[Fingerprint, Array]], inflation: float = 1.0, present: int | None = None
+) -> int | None:
     """Which regime traffic belongs to.
 
     Args:
-        candidates: each regime, and the window of residuals (n, D) to judge it by.
+        candidates: each regime, and the newest residuals (n, D) to judge it by.
         inflation: of the variance of a mean by stickiness.
+        present: index of the regime the traffic was in. It is found again only by a whole `WINDOW`, and no other
+            is found by samples that may well be its own.
 
     Returns:
-        Index of the nearest, or None if the traffic is like none of them.
+        Index of the regime, or None if the traffic is like none of them, or like several.
     """
-    ratios = [f.distance(window, inflation) / f.threshold for f, window in candidates]
-    if not ratios or min(ratios) > 1.0:
-        return None
-    return int(np.argmin(ratios))
+    for n in LOOKS:
+        ratios = [f.distance(w[-n:], inflation) / f.threshold if len(w) >= n else np.inf for f, w in candidates]
+        if not ratios:
+            return None
+        best = int(np.argmin(ratios))
+        others = min((r for i, r in enumerate(ratios) if i != best), default=np.inf)
+        if ratios[best] > 1 or others < ratios[best] * (1 + LEAD / np.sqrt(n)):
+            continue
+        if present is None or (best == present and n == WINDOW) or (best != present and ratios[present] > 1):
+            return best
+    return None

@@ -14,6 +14,7 @@ FAIR = 2.0  # times the mean of the others that one key may send
 LEAST = 8  # samples an epoch every key may send
 MAX_KEYS = 1000  # told apart; the rest count as without a key
 MIN_KEY_SAMPLES = 6  # of a key, to say whether it has shifted
+ASTRAY = 2.0  # times a regime's threshold that a key must be away: it is asked again and again
 
 
 class Sources:
@@ -81,7 +82,7 @@ class Sources:
             if not source or len(own) < MIN_KEY_SAMPLES:
                 continue
             judged += 1
-            if regime.distance(own, inflation) > regime.threshold:
+            if regime.distance(own, inflation) > ASTRAY * regime.threshold:
                 away.append(self.names[source])
         return tuple(sorted(away)) if len(away) < judged else ()
 

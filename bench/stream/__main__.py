@@ -1,0 +1,179 @@
+"""`python -m bench.stream [--budget-minutes M] [--processes P] [--only METHOD...]`: tta and its peers on one stream.
+
+    TTA_DATA=... python -m bench.stream
+
+The 15 corruptions at severity 5 in the standard order, visited 20 times; see `data.py` for the stream, `ours.py` for
+how the daemon's own decisions are driven, `peers.py` for the others. Labels are late or wrong in runs of their own.
+Cells are cached under `bench/.cache/stream` by a hash of the code they depend on: an interrupted run goes on where it
+stopped, and what is missing is shown as missing. Writes `bench/results/stream.{json,md,png}`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from bench import cifar
+from bench.stamp import stamp
+from bench.stream import report
+from bench.stream.data import N_REFERENCE, N_VISITS, stream
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
+SEEDS = 3
+# What differs from the defaults. The first attempt is with the labels a corruption has, and nothing waits for seconds.
+SETTINGS: dict[str, Any] = {"adapt.labels": 112, "gate.probation_s": 1e-3, "gate.probation_labels": 1000}
+OURS: dict[str, dict[str, Any]] = {
+    "tta": {"adapt.label_free": "immediate"},
+    "tta, proven only": {},
+    "tta, whole network": {"adapt.label_free": "immediate", "adapt.selection": "all"},
+}
+MANY_SEEDS = ("tta", "source", "bn", "roid", "replay")
+PEERS = ("source", "bn", "roid", "replay", "tent", "eata", "rdumb", "full")
+SLOW_PEERS = ("cotta", "bitta")  # 40 passes an image
+DELAYS = (100, 1000)
+WRONG = (0.05, 0.1, 0.2)
+SHORT = 2  # visits of the runs with late or wrong labels
+CODE = ("bench/stream/data.py", "bench/corruptions.py", "bench/cifar.py")
+OUR_CODE = ("tta", "bench/stream/ours.py", "bench/resnet20.py")
+PEER_CODE = ("bench/stream/peers.py", "bench/resnet20.py")
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of one method."""
+
+    method: str
+    seed: int = 0
+    visits: int = N_VISITS
+    delay: int = 0
+    wrong: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """For its file."""
+        method = "".join(c if c.isalnum() else "_" for c in self.method)
+        return f"{method}-s{self.seed}-v{self.visits}-d{self.delay}-w{self.wrong:g}"
+
+
+def cells() -> list[Cell]:
+    """All of them, the most telling first."""
+    found = [Cell("tta"), *(Cell(m) for m in PEERS)]
+    found += [Cell("tta", visits=SHORT, delay=d) for d in (0, *DELAYS)]
+    found += [Cell("tta", visits=SHORT, wrong=w) for w in WRONG]
+    found += [Cell("tta, proven only"), Cell("tta, whole network")]
+    found += [Cell(m, seed) for seed in range(1, SEEDS) for m in MANY_SEEDS]
+    return [*found, *(Cell(m, visits=report.FEW_VISITS) for m in SLOW_PEERS)]
+
+
+def code_hash(*paths: str) -> str:
+    """Of files and folders of the project."""
+    digest = hashlib.sha256()
+    for path in paths:
+        found = ROOT / path
+        for file in sorted(found.rglob("*.py")) if found.is_dir() else [found]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def path_of(cell: Cell) -> Path:
+    """Where its result is kept."""
+    ours = cell.method in OURS
+    settings = json.dumps({**SETTINGS, **OURS[cell.method]}) if ours else ""
+    code = code_hash(*CODE, *(OUR_CODE if ours else PEER_CODE))
+    digest = hashlib.sha256(f"{code} {settings}".encode()).hexdigest()[:16]
+    return cifar.CACHE / "stream" / f"{cell.name}-{digest}.json"
+
+
+def compute(cell: Cell, path: Path) -> None:
+    """Run a cell in this process and keep it."""
+    x, y, classes = cifar.images("test")
+    segments = stream(cell.seed, cell.visits)
+    began, log = time.process_time(), path.with_suffix(".log")
+    with log.open("w", buffering=1) as out:
+
+        def tell(text: str) -> None:
+            print(text, file=out)
+
+        if cell.method in OURS:
+            from bench.stream import ours
+
+            bundle, _ = cifar.resnet20_bundle(x[:N_REFERENCE], y[:N_REFERENCE], classes)
+            state = Path(tempfile.mkdtemp(prefix="tta-stream-"))
+            settings = {**SETTINGS, **OURS[cell.method]}
+            try:
+                found = ours.run(
+                    segments, bundle, state / "state", settings, cell.delay, cell.wrong, cell.seed, tell
+                )
+            finally:
+                shutil.rmtree(state, ignore_errors=True)
+        else:
+            from bench.stream import peers
+
+            found = peers.run(segments, cell.method, x[:N_REFERENCE], cell.seed, tell)
+    found["cpu_s"] = round(time.process_time() - began, 1)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found, default=str))
+    temporary.rename(path)
+
+
+def run(wanted: list[Cell], minutes: float, processes: int) -> None:
+    """Compute what is missing until the time is up."""
+    queue = [cell for cell in wanted if not path_of(cell).exists()]
+    n, done, end = len(queue), 0, time.monotonic() + 60 * minutes
+    (cifar.CACHE / "stream").mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(processes) as pool:
+        running: dict[Any, Cell] = {}
+        while running or (queue and time.monotonic() < end):
+            while queue and len(running) < processes and time.monotonic() < end:
+                cell = queue.pop(0)
+                running[pool.submit(compute, cell, path_of(cell))] = cell
+            future = next(as_completed(list(running)))
+            cell = running.pop(future)
+            future.result()
+            done += 1
+            print(f"{time.strftime('%H:%M:%S')} {done} of {n}: {cell.name}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Run what is missing and write the report."""
+    parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__.splitlines()[0])
+    parser.add_argument("--budget-minutes", type=float, default=600.0, help="start no run after so long")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--only", nargs="*", metavar="METHOD", help="run these methods only")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    arguments = parser.parse_args()
+    wanted = cells()
+    run(
+        [c for c in wanted if not arguments.only or c.method in arguments.only],
+        arguments.budget_minutes,
+        arguments.processes,
+    )
+    found = [{**asdict(c), **json.loads(path_of(c).read_text())} for c in wanted if path_of(c).exists()]
+    missing = [c.name for c in wanted if not path_of(c).exists()]
+    result = {**stamp("python -m bench.stream"), "missing": missing, "cells": [report.condensed(f) for f in found]}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "stream.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = "\n".join(report.tables(result)) + "\n"
+    (RESULTS / "stream.md").write_text(text)
+    (RESULTS / "stream_summary.md").write_text("\n".join(report.summary(result)) + "\n")
+    report.draw(result, RESULTS / "stream.png")
+    print(json.dumps(result, indent=1) if arguments.json else text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A candidate from unlabelled images alone, to serve until labels decide. No I/O; seeded.
+
+Normalisation is re-estimated in several ways and the one whose predictions carry most information is taken; if
+there are enough images, the block that suits the shift is tuned from there by information maximisation. Measured
+on CIFAR-10, ResNet-20: see `bench/results/stream.md`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tta.adapter.methods import Anatomy
+from tta.adapter.patient import Patient, State
+from tta.adapter.race import Settings
+from tta.adapter.starts import LABEL_FREE, information_of
+from tta.adapter.surgery import adapt
+from tta.adapter.views import Labels, Views
+from tta.errors import AdaptationError
+
+MIN_TUNED = 256  # unlabelled images to tune a block from; fewer are learned by heart
+PASSES = 4  # over them
+
+
+@dataclass(frozen=True)
+class Relief:
+    """What could be made without labels.
+
+    Attributes:
+        state: its weights.
+        block: tuned; "" for none.
+        start: the way normalisation was re-estimated.
+        information: nats that the predictions of every start, and of the "candidate", carry on the window.
+    """
+
+    state: State
+    block: str
+    start: str
+    information: dict[str, float]
+
+
+def relieve(
+    patient: Patient,
+    starts: Mapping[str, State],
+    anatomy: Anatomy,
+    window: Tensor,
+    block: str,
+    settings: Settings,
+    progress: Callable[[str, int, int], None],
+) -> Relief:
+    """Make the candidate.
+
+    Args:
+        patient: the network.
+        starts: name to weights, see `starts_of`.
+        anatomy: of the network.
+        window: (M, C, H, W) unlabelled images of the shift in [0, 1].
+        block: to tune; "" for none.
+        settings: of the fit.
+        progress: told (what, done, of).
+
+    Raises:
+        AdaptationError: the network has no batch normalisation, or no such block.
+    """
+    free = [name for name in LABEL_FREE if name in starts]
+    if not free:
+        raise AdaptationError("without batch normalisation there is nothing to re-estimate: labels are needed")
+    information = information_of(patient, starts, window)
+    start = max(free, key=lambda name: information[name])
+    tuned = block if len(window) >= MIN_TUNED else ""
+    patient.load(starts[start])
+    if tuned:
+        if tuned not in anatomy.tensors:
+            raise AdaptationError(f"block {tuned!r} is not in the model: it has {', '.join(anatomy.tensors)}")
+        rate = min(settings.rates().head if tuned == anatomy.head else settings.rates().body)
+        plan = replace(
+            settings.fit(), name=tuned, parts=(anatomy.tensors[tuned],), learning_rate=rate, unlabelled=1.0
+        )
+        none = Labels.known(window[:0], torch.zeros(0, dtype=torch.int64, device=window.device))
+        views = Views(patient, none, window, settings.augment)
+        adapt(
+            patient.model,
+            views,
+            none.y,
+            replace(plan, epochs=PASSES),
+            lambda done: progress("relief", round(100 * done), 100),
+        )
+    state = patient.state()
+    information["candidate"] = information_of(patient, {"candidate": state}, window)["candidate"]
+    return Relief(state, tuned, start, information)
