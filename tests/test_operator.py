@@ -159,3 +159,51 @@ def test_adapt_now_needs_labels_and_then_goes(
             120,
         )
         assert client.predict(x[:1]).version == client.status()["version"]
+
+
+def events_named(name: str, daemon: DaemonProcess) -> list[dict]:
+    """What of that name happened lately, in order."""
+    return [e for e in status(daemon).get("events", ()) if e["event"] == name]
+
+
+def test_relief_needs_no_labels_and_is_remembered(
+    start_daemon: Callable[..., DaemonProcess], noisy: tuple, bundle: Bundle
+) -> None:
+    """Without one label a shift is met by re-estimated normalisation that is better, and it returns by itself."""
+    settings = {"adapt.label_free": "immediate", "monitor.window": 128}
+    daemon = start_daemon(**settings)
+    traffic = Traffic(daemon, *noisy, label_every=0)
+    traffic.start()
+    try:
+        version = until(lambda: events_named("settled", daemon), "the end of the case", 120)[0]["version"]
+        traffic.show(*digits("stream", 600, seed=23))
+        until(lambda: status(daemon)["version"] == 0, "home", 60)
+        traffic.show(*noisy)
+        until(lambda: status(daemon)["version"] == version, "the recall", 60)
+    finally:
+        traffic.stop()
+
+    assert traffic.failure is None
+    assert traffic.acknowledged == set()
+    assert events_named("relieved", daemon)
+    assert not events_named("enough_labels", daemon)
+    predictor = Predictor(bundle, "cpu")
+    folder = daemon.folder / "state" / "versions" / f"{version:06d}"
+    x, y = corrupt(digits("stream", 600, seed=31)[0], "noise", 4), digits("stream", 600, seed=31)[1]
+
+    def accuracy(session: object) -> float:
+        parts = [predictor.run_with(session, x[i : i + 32]).logits.argmax(axis=1) for i in range(0, 600, 32)]
+        return float((np.concatenate(parts) == y).mean())
+
+    assert accuracy(predictor.prepare(folder)) > accuracy(predictor.prepare()) + 0.1
+
+
+def test_labels_take_over_from_relief(shifted: Callable) -> None:
+    """Where labels come after relief, the gate compares with what served before it, and the cure is promoted."""
+    daemon, _ = shifted(**{"adapt.label_free": "immediate"})
+    until(lambda: events_named("confirmed", daemon), "the cure", 120)
+
+    verdict = events_named("accepted", daemon)[0]
+    assert events_named("relieved", daemon)[0]["sequence"] < verdict["sequence"]
+    assert verdict["accuracy_serving"] == verdict["accuracy_source"]
+    assert verdict["version"] > 0

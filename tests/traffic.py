@@ -14,7 +14,7 @@ LABEL_EVERY = 4
 
 
 class Traffic(threading.Thread):
-    """Send images at a steady rate, label every fourth answer, until `stop`.
+    """Send images at a steady rate, label every fourth answer (or none, for 0), until `stop`.
 
     Attributes:
         acknowledged: prediction ids whose label the daemon called joined.
@@ -23,8 +23,11 @@ class Traffic(threading.Thread):
         refused: errors by name.
     """
 
-    def __init__(self, daemon: DaemonProcess, x: np.ndarray, y: np.ndarray) -> None:
+    def __init__(
+        self, daemon: DaemonProcess, x: np.ndarray, y: np.ndarray, label_every: int = LABEL_EVERY
+    ) -> None:
         super().__init__(daemon=True)
+        self.label_every = label_every
         self.acknowledged: set[int] = set()
         self.versions: set[int] = set()
         self.answered = 0
@@ -61,7 +64,7 @@ class Traffic(threading.Thread):
                 if isinstance(answer, Prediction):
                     self.answered += 1
                     self.versions.add(answer.version)
-                    if self.answered % LABEL_EVERY == 0:
+                    if self.label_every and self.answered % self.label_every == 0:
                         to_label.append((answer.prediction_id, label))
                 else:
                     name = type(answer).__name__

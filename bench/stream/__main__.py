@@ -33,14 +33,15 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 SEEDS = 3
 # What differs from the defaults. The first attempt is with the labels a corruption has, and nothing waits for seconds.
-SETTINGS: dict[str, Any] = {"adapt.labels": 112, "gate.probation_s": 1e-3, "gate.probation_labels": 1000}
+SETTINGS: dict[str, Any] = {"adapt.labels": 96, "gate.probation_s": 1e-3, "gate.probation_labels": 1000}
 OURS: dict[str, dict[str, Any]] = {
     "tta": {"adapt.label_free": "immediate"},
     "tta, proven only": {},
     "tta, whole network": {"adapt.label_free": "immediate", "adapt.selection": "all"},
 }
-MANY_SEEDS = ("tta", "source", "bn", "roid", "replay")
+MANY_SEEDS = ("source", "bn", "eata", "rdumb")  # the two best peers among them
 PEERS = ("source", "bn", "roid", "replay", "tent", "eata", "rdumb", "full")
+SMALL_BATCHES = ("bn/16", "eata/16", "roid/16")
 SLOW_PEERS = ("cotta", "bitta")  # 40 passes an image
 DELAYS = (100, 1000)
 WRONG = (0.05, 0.1, 0.2)
@@ -71,12 +72,14 @@ class Cell:
 
 def cells() -> list[Cell]:
     """All of them, the most telling first."""
-    found = [Cell("tta"), *(Cell(m) for m in PEERS)]
-    found += [Cell("tta", visits=SHORT, delay=d) for d in (0, *DELAYS)]
+    found = [Cell("tta", seed) for seed in range(SEEDS)]
+    found += [Cell(m) for m in (*PEERS, *SMALL_BATCHES)]
+    found += [Cell("tta", visits=SHORT, delay=d) for d in DELAYS]
     found += [Cell("tta", visits=SHORT, wrong=w) for w in WRONG]
-    found += [Cell("tta, proven only"), Cell("tta, whole network")]
+    found += [Cell("tta, proven only")]
     found += [Cell(m, seed) for seed in range(1, SEEDS) for m in MANY_SEEDS]
-    return [*found, *(Cell(m, visits=report.FEW_VISITS) for m in SLOW_PEERS)]
+    found += [Cell(m, visits=report.FEW_VISITS) for m in SLOW_PEERS]
+    return [*found, Cell("tta, whole network")]
 
 
 def code_hash(*paths: str) -> str:

@@ -26,7 +26,7 @@ from tta.protocol import Label, encode
 from tta.server.options import Observation
 from tta.server.predictor import Predictor, Session
 
-BATCH = 8  # images an observation
+BATCH = 4  # images an observation
 FIRST_ID = 10**16
 SETTLE_S = 120.0  # seconds thresholds may take
 

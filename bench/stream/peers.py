@@ -31,6 +31,7 @@ from bench.resnet20 import resnet20
 from tta.packaging.source import load_checkpoint
 
 BATCH = 200
+STILL = ("source", "bn")  # learn nothing
 N_CLASSES = 10
 Json = dict[str, Any]
 
@@ -93,6 +94,11 @@ class Peer:
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Adam at 1e-3, as most of the papers take for CIFAR."""
         return torch.optim.Adam(self.parameters, lr=1e-3)
+
+    def slow_down(self, share: float) -> None:
+        """Take this share of the learning rate, as smaller batches want (Goyal et al. 2017)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] *= share
 
     def step(self, loss: Tensor) -> None:
         """Learn."""
@@ -367,18 +373,29 @@ PEERS: dict[str, Callable[[Tensor], Peer]] = {
 def run(
     segments: Any, name: str, reference: np.ndarray, seed: int, tell: Callable[[str], None] = lambda text: None
 ) -> Json:
-    """Give a peer the stream; see `bench.stream.ours.run` for what is returned."""
+    """Give a peer the stream; see `bench.stream.ours.run` for what is returned.
+
+    Args:
+        segments: of the stream.
+        name: in `PEERS`; "NAME/16" has batches of 16 images, and learning rates as much lower.
+        reference: images that the model knows, for EATA's anchor.
+        seed: of everything random.
+        tell: told of progress.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    peer = PEERS[name](tensor(reference))
+    method, _, size = name.partition("/")
+    peer, batch = PEERS[method](tensor(reference)), int(size or BATCH)
+    if batch < BATCH and method not in STILL:
+        peer.slow_down(batch / BATCH)
     found: list[Json] = []
     for segment in segments:
         errors = 0
-        for begin in range(0, len(segment.x), BATCH):
-            x, y = tensor(segment.x[begin : begin + BATCH]), torch.from_numpy(segment.y[begin : begin + BATCH])
+        for begin in range(0, len(segment.x), batch):
+            x, y = tensor(segment.x[begin : begin + batch]), torch.from_numpy(segment.y[begin : begin + batch])
             predicted = peer.predict(x).argmax(1)
             errors += int((predicted != y).sum())
-            rows = torch.from_numpy(np.flatnonzero(segment.labelled[begin : begin + BATCH]))
+            rows = torch.from_numpy(np.flatnonzero(segment.labelled[begin : begin + batch]))
             if len(rows):
                 peer.label(x[rows], y[rows], predicted[rows])
         entry = {"part": segment.part, "visit": segment.visit, "corruption": segment.corruption}

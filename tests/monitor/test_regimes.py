@@ -87,3 +87,32 @@ def test_the_channels_that_moved_most_are_named() -> None:
 
     assert first.startswith("block1: log-variance of channel 2, +4")
     assert second.startswith("head: logit of class 3, -3")
+
+
+def test_a_far_regime_is_known_at_once_and_its_own_samples_never_leave_one() -> None:
+    """Eight samples of another regime are enough; in 500 looks at its own a regime is never left."""
+    classes = np.arange(600) % 5
+    regimes = [fingerprint(draw(600, mean, i), classes) for i, mean in enumerate((0.0, 1.0, -1.5))]
+
+    def look(samples: np.ndarray, present: int) -> int | None:
+        return recognise([(r, samples) for r in regimes], present=present)
+
+    assert all(look(draw(8, 1.0, seed), present=0) == 1 for seed in range(50))
+    assert all(look(draw(WINDOW - 1, 0.0, seed), present=0) is None for seed in range(500))
+    assert look(draw(WINDOW, 0.0, 7), present=0) == 0
+
+
+def test_a_regime_s_own_scatter_decides_what_is_near() -> None:
+    """Moved where a regime never moves, a window does not belong to it; moved where it always does, it may."""
+    rng = np.random.default_rng(0)
+    spread = np.ones(D)
+    spread[0] = 5.0
+    home = fingerprint(rng.normal(size=(600, D)) * spread, np.arange(600) % 5)
+    window = rng.normal(size=(WINDOW, D)) * spread
+    window -= window.mean(axis=0)
+    along, across = window.copy(), window.copy()
+    along[:, 0] += 1.5
+    across[:, 1] += 1.5
+
+    assert recognise([(home, along)]) == 0
+    assert recognise([(home, across)]) is None

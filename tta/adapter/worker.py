@@ -79,7 +79,7 @@ class Surgeon:
         if "y_fit" not in arrays:
             if window is None:
                 raise AdaptationError("neither labels nor images to work with")
-            relief = relieve(patient, starts, self.anatomy, window, request["suited"], settings, progress)
+            relief = relieve(patient, starts, self.anatomy, window, request["relief"], settings, progress)
             self._write(folder / "candidate", Result(relief.state, relief.block, relief.start))
             return {"block": relief.block, "start": relief.start, "information": relief.information}
         y, wrong = (torch.from_numpy(arrays[name]).to(patient.device) for name in ("y_fit", "wrong_fit"))
@@ -90,11 +90,10 @@ class Surgeon:
             raise AdaptationError("nothing was better than the source model itself")
         self._write(folder / "candidate", result)
         reply: dict[str, Any] = {"block": result.block, "start": result.start, "report": result.report}
-        free = [name for name in LABEL_FREE if name in starts]
-        if free:
-            best = max(free, key=lambda name: race.information[name])
-            self._write(folder / "label-free", Result(starts[best], "", best))
-            reply["label_free"] = best
+        if window is not None and any(name in starts for name in LABEL_FREE):
+            relief = relieve(patient, starts, self.anatomy, window, request["relief"], settings, progress)
+            self._write(folder / "label-free", Result(relief.state, relief.block, relief.start))
+            reply["label_free"] = {"block": relief.block, "start": relief.start}
         return reply
 
     def _write(self, folder: Path, result: Result) -> None:

@@ -83,6 +83,7 @@ class Operation:
         serving: int,
         near: Mapping[str, int],
         suited: str,
+        relief: str,
         alpha: float,
         concluded: Callable[[Conclusion], None],
     ) -> None:
@@ -93,6 +94,7 @@ class Operation:
             serving: version to beat.
             near: name to version of regimes that are like the present one: where to start as well.
             suited: block the diagnosis names, or "".
+            relief: block to tune in the candidate made without labels, or "".
             alpha: the gate may spend.
             concluded: told how it ended.
         """
@@ -109,7 +111,7 @@ class Operation:
         window = stack_inputs(self.ledger.since(onset, self.config.adapt.window))
         if window is not None and len(window) >= MIN_WINDOW:
             arrays["x_window"] = window
-        folder = self._request(job, arrays, {"serving": serving, **near}, suited)
+        folder = self._request(job, arrays, {"serving": serving, **near}, suited, relief)
 
         def finished(header: dict[str, Any]) -> None:
             self.metrics.phase_s.labels("adapt").observe(time.monotonic() - began)
@@ -134,7 +136,7 @@ class Operation:
         self._job += 1
         job, began = self._job, time.monotonic()
         self.relieving = True
-        folder = self._request(job, {"x_window": window}, {"serving": serving}, suited)
+        folder = self._request(job, {"x_window": window}, {"serving": serving}, suited, suited)
 
         def finished(header: dict[str, Any]) -> None:
             if job == self._job:
@@ -153,7 +155,9 @@ class Operation:
 
         self.adapter.submit(folder, finished)
 
-    def _request(self, job: int, arrays: Mapping[str, Array], starts: Mapping[str, int], suited: str) -> Path:
+    def _request(
+        self, job: int, arrays: Mapping[str, Array], starts: Mapping[str, int], suited: str, relief: str
+    ) -> Path:
         """Write what the adapter is to work on; the source needs no folder."""
         folder = self._work / f"request-{job}"
         folder.mkdir(parents=True)
@@ -161,6 +165,7 @@ class Operation:
         folders = {name: self.store.folder(v) for name, v in starts.items()}
         request = {
             "suited": suited,
+            "relief": relief,
             "starts": {name: str(path) for name, path in folders.items() if path is not None},
             "settings": race_settings(self.config.adapt),
         }
@@ -189,8 +194,9 @@ class Operation:
             return
         block = header["block"]
         version = self._keep(folder / "candidate", block, header["start"], header["report"])
-        label_free = header.get("label_free")
-        free = self._keep(folder / "label-free", "", label_free, {}) if label_free else None
+        relief = header.get("label_free")
+        free = self._keep(folder / "label-free", relief["block"], relief["start"], {}) if relief else None
+        blocks = (block, relief["block"] if relief else "")
         candidates = [v for v in (version, free) if v is not None]
         rows = self.labels.select(onset, fit=False, limit=self.config.adapt.max_labels)
         if not rows:
@@ -216,7 +222,7 @@ class Operation:
                 concluded(Conclusion(0, 0.0, {"error": "the shadow could not run the candidate"}))
             else:
                 on_fit = [(logits.argmax(axis=1) == y_fit).tolist() for logits, _ in good[-1]] if free else []
-                concluded(self._judge(good[0], y, on_fit, y_fit, version, free, block, alpha))
+                concluded(self._judge(good[0], y, on_fit, y_fit, version, free, blocks, alpha))
 
         def folders(versions: list[int]) -> list[VersionFolder]:
             return [(v, self.store.folder(v)) for v in versions]
@@ -234,7 +240,7 @@ class Operation:
         y_fit: Array,
         version: int,
         free: int | None,
-        block: str,
+        blocks: tuple[str, str],
         alpha: float,
     ) -> Conclusion:
         """Ask the gate; the candidate made without labels may win if they did not help.
@@ -247,9 +253,10 @@ class Operation:
             y_fit: (M,) the fit labels.
             version: candidate.
             free: label-free candidate, if there is one.
-            block: operated on.
+            blocks: tuned in candidate and label-free candidate, "" for none.
             alpha: to spend.
         """
+        block = blocks[0]
         classes = [logits.argmax(axis=1) for logits, _ in outputs]
         candidate, serving, source, *others = [(c[: len(y)] == y).tolist() for c in classes]
         label_free = others[0] if others else None
@@ -268,7 +275,7 @@ class Operation:
                 verdict = replace(verdict, outcome="accepted", reason=AS_GOOD, p_val=plain.p_val, labels_needed=0)
             elif verdict.outcome != "accepted" and plain.outcome == "accepted":
                 self._count(block, verdict.outcome)
-                verdict, version, free, block, kept = plain, free, version, "", on_anchor[3]
+                verdict, version, free, block, kept = plain, free, version, blocks[1], on_anchor[3]
             self._discard([free])
         anchor = {"candidate": kept, "serving": on_anchor[1], "source": on_anchor[2]}
         verdict = replace(verdict, anchor={name: round(share, 4) for name, share in anchor.items()})

@@ -41,7 +41,8 @@ MIN_OUTCOMES = 16  # labelled predictions under which nothing can be said of the
 WARM_STARTS = 2  # cured regimes most like the present one, from which an operation may also start
 NEW = -1
 RELIEF = "relief"  # why a version made without labels serves
-RELIEF_SAMPLES = 64  # images of a shift before normalisation is re-estimated; again with four times as many
+RELIEF_SAMPLES = 64  # images of a shift before a version is made of them without labels
+MORE = 2  # times as many, and it is made again
 MAX_CLASS_RUN = 3.0  # classes that come in longer runs would spoil the estimate
 JUDGED_SAMPLES = 256  # after which a shift is taken for harmless unless it looks harmful
 SUSPICION_SAMPLES = 48  # to find out where the traffic of a cured regime went before it is an alarm
@@ -443,8 +444,8 @@ class Treatment:
             alarmed = self.watch.label(row.sequence, wrong, row.confidence if row.version == SOURCE else None)
             if alarmed and self.cycle.state is State.STABLE:
                 onset = self.watch.error_onset()
-                if self._suspicion is not None:  # the charts saw it first
-                    onset = min(onset, self._suspicion.onset)
+                if self._suspicion is not None:  # the charts saw it first, and see when better
+                    onset = self._suspicion.onset
                 cause = "labels" if self._suspicion is None else "charts"
                 self._open_case(cause, onset)
                 self.metrics.alarms.labels("labels").inc()
@@ -598,12 +599,13 @@ class Treatment:
         proven = self.case.serving
         if self.case.proven >= 0:
             near["relief"], proven = proven, self.case.proven
-        self.operation.start(self.case.onset, proven, near, suited, self.next_alpha(), self._concluded)
+        relief = suited if self.config.adapt.label_free != "off" and self.case.kind == "input" else ""
+        self.operation.start(self.case.onset, proven, near, suited, relief, self.next_alpha(), self._concluded)
 
     # -- relief without labels --------------------------------------------------------------------------------
 
     def _may_be_relieved(self) -> bool:
-        """Whether a version may be made without labels now, for the first time or of four times as many images."""
+        """Whether a version may be made without labels now, for the first time or of more images."""
         case = self.case
         return bool(
             self.config.adapt.label_free == "immediate"
@@ -613,13 +615,13 @@ class Treatment:
             and case.cause == "charts"
             and not case.keys
             and not self.operation.relieving
-            and self.watch.n_since() >= max(RELIEF_SAMPLES, 4 * case.relief)
+            and self.watch.n_since() >= max(RELIEF_SAMPLES, MORE * case.relief)
         )
 
     def _seek_relief(self) -> None:
         case, onset = self.case, self.case.onset
         window = stack_inputs(self.ledger.since(onset, self.config.adapt.window))
-        if window is None or len(window) < max(RELIEF_SAMPLES, 4 * case.relief):
+        if window is None or len(window) < max(RELIEF_SAMPLES, MORE * case.relief):
             return
         case.relief = len(window)
         if self.watch.class_run() > MAX_CLASS_RUN:

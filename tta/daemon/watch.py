@@ -21,15 +21,16 @@ from tta.monitor.diagnosis import Diagnosis, diagnose
 from tta.monitor.history import History, Samples
 from tta.monitor.monitor import HISTORY, DriftMonitor
 from tta.monitor.reference import confidence
-from tta.monitor.regimes import WINDOW, Fingerprint, fingerprint, recognise
+from tta.monitor.regimes import LOOKS, WINDOW, Fingerprint, fingerprint, recognise
 from tta.monitor.sources import ASTRAY, Sources
 from tta.monitor.stickiness import REPEATS, SEGMENT, Stickiness, measure
 
-CHECK_EVERY = 8  # samples between two looks at which regime this is
+CHECK_EVERY = 4  # samples between two looks at which regime this is
 MIN_PRINTED = 256  # samples that make a fingerprint to be kept
 MIN_SHAPE = 64  # samples that make one to see whether the traffic is still the same
 MOVED = 16  # samples that are compared with it
 MOVED_LOOKS = 2  # in a row that must find them elsewhere
+CHANGES, CHANGES_WITHIN = 3, 256  # changes of regime in so many samples make a mixture
 SILENT_SAMPLES = 4096  # of others, after which a key has gone
 HUGE = 1e30  # features beyond this are no features
 
@@ -91,11 +92,15 @@ class Watch:
             for key in regime.keys:
                 self.sources.number(key)
         self._cut = float(arrays["cut"][0])
+        self._entered: deque[int] = deque(maxlen=CHANGES)  # places at which the last regimes began
+        self.regime = library.regimes[HOME]
         self._loadings = {name: arrays[f"loadings.{name}"] for name in self.layout.names}
         self.enter(library.regimes[HOME], 0)
 
     def enter(self, regime: Regime, sequence: int) -> None:
         """Watch traffic as being in `regime` from `sequence` on."""
+        if regime.number != self.regime.number:
+            self._entered.append(sequence)
         self.regime = regime
         self.expect(regime)
         null = 1 - regime.accuracy + self.config.error_tolerance
@@ -240,8 +245,14 @@ class Watch:
                 regimes.append(regime)
                 candidates.append((regime.fingerprint, window.w))
         present = [i for i, r in enumerate(regimes) if r.number == self.regime.number]
-        found = recognise(candidates, inflation, present[0] if present else None)
-        return None if found is None else regimes[found]
+        if self._shape is not None:  # traffic that goes on like the first samples of the shift is no other regime
+            present = [len(candidates)]
+            candidates.append((self._shape, self._since_look(WINDOW).w))
+        # Traffic in which regimes change within a few samples is a mixture, not one of them.
+        mixed = len(self._entered) == CHANGES and self._newest - self._entered[0] < CHANGES_WITHIN
+        least = WINDOW if mixed else LOOKS[0]
+        found = recognise(candidates, inflation, present[0] if present else None, least)
+        return None if found is None or found == len(regimes) else regimes[found]
 
     def _inflation(self, every: Samples) -> float:
         """What chance is to be multiplied by: as the thresholds have it, if these samples bear it out."""

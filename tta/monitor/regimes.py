@@ -2,8 +2,9 @@
 
 A fingerprint is the mean of residuals and how the means of its own windows scatter about it. A window of
 samples belongs to the regime whose mean it is nearest to (Mahalanobis), if it is as near as the regime's own
-windows are and clearly nearer to it than to any other. Small windows decide clear cases, so a returning regime
-is known in about ten samples.
+windows are and clearly nearer to it than to any other. Small windows decide clear cases: half of the returns of
+a CIFAR corruption are known after 4 samples, three quarters after 8, and one look in 10,000 leaves a regime that
+has not ended.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from tta.monitor.charts import Array
 from tta.monitor.stickiness import Stickiness
 
 WINDOW = 48  # samples that a fingerprint's threshold is for
-LOOKS = (8, 16, 24, 32, WINDOW)  # newest samples that are compared with fingerprints, in this order
-LEAD = 1.1  # the next regime must be farther by a factor of 1 + LEAD/√n: 1.4 of 8 samples, 1.16 of 48
+LOOKS = (3, 4, 6, 8, 12, 16, 24, 32, WINDOW)  # newest samples that are compared with fingerprints, in this order
+LEAD = 0.9  # the next regime must be farther by a factor of 1 + LEAD/√n: 1.5 of 3 samples, 1.13 of 48
 MATCH_QUANTILE = 0.995  # of a regime's own windows that are recognised as it
 SHRINKAGE = 0.3  # of the scatter's covariance towards its diagonal: it is known from a few hundred samples
 VARIANCE_FLOOR = 0.05  # of whitened units: a frozen channel must not decide alone
@@ -87,7 +88,10 @@ def fingerprint(w: Array, predictions: Array, seed: int = 0) -> Fingerprint:
 
 
 def recognise(
-    candidates: Sequence[tuple[Fingerprint, Array]], inflation: float = 1.0, present: int | None = None
+    candidates: Sequence[tuple[Fingerprint, Array]],
+    inflation: float = 1.0,
+    present: int | None = None,
+    least: int = LOOKS[0],
 ) -> int | None:
     """Which regime traffic belongs to.
 
@@ -96,14 +100,22 @@ def recognise(
         inflation: of the variance of a mean by stickiness.
         present: index of the regime the traffic was in. It is found again only by a whole `WINDOW`, and no other
             is found by samples that may well be its own.
+        least: samples a look must have.
 
     Returns:
         Index of the regime, or None if the traffic is like none of them, or like several.
     """
-    for n in LOOKS:
-        ratios = [f.distance(w[-n:], inflation) / f.threshold if len(w) >= n else np.inf for f, w in candidates]
-        if not ratios:
-            return None
+
+    def ratio(i: int, n: int) -> float:
+        found, w = candidates[i]
+        return found.distance(w[-n:], inflation) / found.threshold if len(w) >= n else np.inf
+
+    for n in LOOKS if candidates else ():
+        if n < least:
+            continue
+        if present is not None and n < WINDOW and ratio(present, n) <= 1:
+            continue
+        ratios = [ratio(i, n) for i in range(len(candidates))]
         best = int(np.argmin(ratios))
         others = min((r for i, r in enumerate(ratios) if i != best), default=np.inf)
         if ratios[best] > 1 or others < ratios[best] * (1 + LEAD / np.sqrt(n)):

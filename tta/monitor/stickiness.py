@@ -21,7 +21,8 @@ NOISE = 0.1  # correlation under which a lag counts as none
 MIN_SAMPLES = 6
 MIN_CUT = 24  # samples; in fewer, runs of copies cannot be told from a change
 MIN_PART = 4  # samples on either side of a change
-CUT_BIAS = 4.0  # runs of copies are taken for a change in part: measured repeat is low by this over n
+CUT_BIAS = 4.0  # slow traffic is taken for a change in part: measured repeat is low by this over n
+COPIES = 0.15  # of the distances of neighbours the 20 % quantile over the 95 % one, under which some are copies
 MIN_CLASS_SAMPLES = 64
 
 
@@ -74,18 +75,28 @@ def _repeat(w: Array) -> float:
     """Of one segment; see `measure`."""
     n = len(w)
     if n >= MIN_CUT:
+        copies = _share_of_copies(w)
+        if copies is not None:
+            return copies
         w = _without_change(w)
     lags, far = min(LAGS, n // 4), min(FAR, n // 2)
     apart = float(np.mean([_apart(w, far + extra) for extra in range(0, min(FAR, n // 4), FAR // 4)]))
     if apart <= 0:
         return 1.0
     correlation = [1 - _apart(w, lag) / apart for lag in range(1, lags + 1)]
-    # One lag suffices where copies are neighbours; the sum over lags also sees cameras that take turns.
+    # One lag suffices where near-copies are neighbours; the sum over lags also sees cameras that take turns.
     total = 1 + 2 * sum(c for c in correlation if c > NOISE)
     repeat = max(correlation[0], (total - 1) / (total + 1))
     if n >= MIN_CUT and repeat > NOISE:
         repeat += CUT_BIAS / n
     return float(np.clip(repeat, 0.0, 1.0))
+
+
+def _share_of_copies(w: Array) -> float | None:
+    """How many neighbours are copies, where some are much nearer than others; a change leaves all alike."""
+    distances = np.square(w[1:] - w[:-1]).sum(axis=1)
+    low, high = np.quantile(distances, (0.2, 0.95))
+    return float((distances <= 2 * COPIES * high).mean()) if low <= COPIES * high else None
 
 
 def _without_change(w: Array) -> Array:
