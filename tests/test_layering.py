@@ -22,10 +22,11 @@ MAY_OPEN_SOCKETS = {
 SOCKETS = {"zmq", "socket", "http", "urllib"}
 PURE = [
     "monitor/",
+    "daemon/asking.py",
     "daemon/gate.py",
     "daemon/cycle.py",
-    *(f"adapter/{name}.py" for name in ("criteria", "memo", "methods", "patient", "race", "starts")),
-    *(f"adapter/{name}.py" for name in ("surgery", "views")),
+    *(f"adapter/{name}.py" for name in ("criteria", "memo", "methods", "patient", "race", "relief")),
+    *(f"adapter/{name}.py" for name in ("starts", "surgery", "views")),
 ]
 IO = SOCKETS | {"os", "pathlib", "subprocess", "sqlite3", "shutil", "tempfile", "io"}
 

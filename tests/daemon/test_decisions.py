@@ -1,7 +1,9 @@
 """Gate and cycle: what is decided, from numbers alone."""
 
+import numpy as np
 import pytest
 
+from tta.daemon.asking import rank
 from tta.daemon.cycle import TABLE, Action, Cycle, Event, State
 from tta.daemon.gate import judge
 
@@ -111,3 +113,15 @@ def test_every_state_and_event_is_reachable() -> None:
     """The table names every state and every event."""
     assert {s for s, _ in TABLE} == set(State)
     assert {e for _, e in TABLE} == set(Event)
+
+
+def test_labels_are_asked_for_across_classes_the_unsure_first() -> None:
+    """Of predictions of three classes the first three asked for are one of each, the least sure of it."""
+    logits = np.array([[9, 0, 0], [2, 1, 0], [5, 0, 0], [0, 8, 0], [0, 2, 1], [0, 0, 7]], np.float32)
+
+    asked = rank(logits)
+
+    assert sorted(q.row for q in asked) == [0, 1, 2, 3, 4, 5]
+    assert {q.row for q in asked[:3]} == {1, 4, 5}
+    assert [q.row for q in asked[3:]] == [3, 2, 0] or [q.row for q in asked[3:]] == [2, 3, 0]
+    assert all(0 <= q.uncertainty <= 1 for q in asked)

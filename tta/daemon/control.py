@@ -1,6 +1,5 @@
 """The control socket's operations: labels in, answers and commands out."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 from tta import protocol
 from tta.bundle import Manifest
 from tta.config import Config
+from tta.daemon.asking import rank
 from tta.daemon.cycle import State
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger
@@ -180,25 +180,18 @@ class Control:
         treatment = self.treatment
         since = treatment.case.onset if treatment.cycle.state is State.DRIFTED else 0
         labelled = self.labels.ids_since(since)
-        by_class: dict[int, list[tuple[float, Reply]]] = {}
-        for entry in self.ledger.since(since, RECENT):
-            if entry.x is None or entry.prediction_id in labelled:
-                continue
-            p = np.exp(entry.logits - entry.logits.max())
-            p /= p.sum()
-            entropy = float(-(p * np.log(p + 1e-12)).sum() / math.log(len(p)))
-            top = int(p.argmax())
-            reply = {"prediction_id": entry.prediction_id, "predicted": top, "uncertainty": round(entropy, 4)}
-            by_class.setdefault(top, []).append((entropy, reply))
-        queues = [sorted(q, key=lambda item: -item[0]) for q in by_class.values()]
-        ranked = [
-            reply
-            for rank in range(max(map(len, queues), default=0))
-            for q in queues
-            if rank < len(q)
-            for _, reply in [q[rank]]
+        entries = [
+            e for e in self.ledger.since(since, RECENT) if e.x is not None and e.prediction_id not in labelled
         ]
-        chosen = ranked[:n]
+        ranked = rank(np.stack([e.logits for e in entries])) if entries else []
+        chosen: list[Reply] = [
+            {
+                "prediction_id": entries[q.row].prediction_id,
+                "predicted": q.predicted,
+                "uncertainty": q.uncertainty,
+            }
+            for q in ranked[:n]
+        ]
         self.asked.update((reply["prediction_id"], None) for reply in chosen)
         while len(self.asked) > MAX_ASKED:
             del self.asked[next(iter(self.asked))]
