@@ -43,11 +43,14 @@ MANY_SEEDS = ("source", "bn", "eata", "rdumb")  # the two best peers among them
 PEERS = ("source", "bn", "roid", "replay", "tent", "eata", "rdumb", "full")
 SMALL_BATCHES = ("bn/16", "eata/16", "roid/16")
 SLOW_PEERS = ("cotta", "bitta")  # 40 passes an image
-DELAYS = (100, 1000)
-WRONG = (0.05, 0.1, 0.2)
 SHORT = 2  # visits of the runs with late or wrong labels
 CODE = ("bench/stream/data.py", "bench/corruptions.py", "bench/cifar.py")
-OUR_CODE = ("tta", "bench/stream/ours.py", "bench/resnet20.py")
+DECIDING = ("cycle", "daemon", "gate", "labels", "ledger", "library", "operation", "treatment", "watch")
+OUR_CODE = (
+    *("tta/adapter", "tta/monitor", "tta/bundle.py", "tta/server/predictor.py"),
+    *(f"tta/daemon/{name}.py" for name in DECIDING),
+    *("bench/stream/ours.py", "bench/resnet20.py"),
+)
 PEER_CODE = ("bench/stream/peers.py", "bench/resnet20.py")
 
 Json = dict[str, Any]
@@ -74,9 +77,9 @@ def cells() -> list[Cell]:
     """All of them, the most telling first."""
     found = [Cell("tta", seed) for seed in range(SEEDS)]
     found += [Cell(m) for m in (*PEERS, *SMALL_BATCHES)]
-    found += [Cell("tta", visits=SHORT, delay=d) for d in DELAYS]
-    found += [Cell("tta", visits=SHORT, wrong=w) for w in WRONG]
-    found += [Cell("tta, proven only")]
+    found += [Cell("tta", visits=SHORT, delay=1000), Cell("tta", visits=SHORT, wrong=0.1)]
+    found += [Cell("tta, proven only"), Cell("tta", visits=SHORT, wrong=0.2)]
+    found += [Cell("tta", visits=SHORT, delay=100), Cell("tta", visits=SHORT, wrong=0.05)]
     found += [Cell(m, seed) for seed in range(1, SEEDS) for m in MANY_SEEDS]
     found += [Cell(m, visits=report.FEW_VISITS) for m in SLOW_PEERS]
     return [*found, Cell("tta, whole network")]

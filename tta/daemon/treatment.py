@@ -385,7 +385,8 @@ class Treatment:
 
     def _remember_relief(self, until: int) -> None:
         """What was made without labels for a shift that ends may be of use when it returns."""
-        found = self.watch.fingerprint(until) if self.case.proven >= 0 else None
+        relieved = self.case.proven >= 0 and self.cycle.state in (State.DRIFTED, State.ADAPTING)
+        found = self.watch.fingerprint(until) if relieved else None
         if found is not None:
             serving, kind, accuracy = self.case.serving, self.case.kind, self._measured_accuracy()
             self.case.regime = self.library.add(serving, kind, accuracy, found, self.sequence).number

@@ -245,14 +245,12 @@ class Watch:
                 regimes.append(regime)
                 candidates.append((regime.fingerprint, window.w))
         present = [i for i, r in enumerate(regimes) if r.number == self.regime.number]
-        if self._shape is not None:  # traffic that goes on like the first samples of the shift is no other regime
-            present = [len(candidates)]
-            candidates.append((self._shape, self._since_look(WINDOW).w))
         # Traffic in which regimes change within a few samples is a mixture, not one of them.
         mixed = len(self._entered) == CHANGES and self._newest - self._entered[0] < CHANGES_WITHIN
         least = WINDOW if mixed else LOOKS[0]
-        found = recognise(candidates, inflation, present[0] if present else None, least)
-        return None if found is None or found == len(regimes) else regimes[found]
+        shift = None if self._shape is None else (self._shape, self._since_look(WINDOW).w)
+        found = recognise(candidates, inflation, present[0] if present else None, least, shift)
+        return None if found is None else regimes[found]
 
     def _inflation(self, every: Samples) -> float:
         """What chance is to be multiplied by: as the thresholds have it, if these samples bear it out."""

@@ -92,6 +92,7 @@ def recognise(
     inflation: float = 1.0,
     present: int | None = None,
     least: int = LOOKS[0],
+    shift: tuple[Fingerprint, Array] | None = None,
 ) -> int | None:
     """Which regime traffic belongs to.
 
@@ -101,21 +102,24 @@ def recognise(
         present: index of the regime the traffic was in. It is found again only by a whole `WINDOW`, and no other
             is found by samples that may well be its own.
         least: samples a look must have.
+        shift: what the present shift looks like, if it is none of the regimes, and the newest residuals: while it
+            explains those, a regime is found by a whole `WINDOW` only.
 
     Returns:
         Index of the regime, or None if the traffic is like none of them, or like several.
     """
 
-    def ratio(i: int, n: int) -> float:
-        found, w = candidates[i]
+    def ratio(candidate: tuple[Fingerprint, Array], n: int) -> float:
+        found, w = candidate
         return found.distance(w[-n:], inflation) / found.threshold if len(w) >= n else np.inf
 
+    explained = [c for c in (shift, None if present is None else candidates[present]) if c is not None]
     for n in LOOKS if candidates else ():
         if n < least:
             continue
-        if present is not None and n < WINDOW and ratio(present, n) <= 1:
+        if n < WINDOW and any(ratio(c, n) <= 1 for c in explained):
             continue
-        ratios = [ratio(i, n) for i in range(len(candidates))]
+        ratios = [ratio(c, n) for c in candidates]
         best = int(np.argmin(ratios))
         others = min((r for i, r in enumerate(ratios) if i != best), default=np.inf)
         if ratios[best] > 1 or others < ratios[best] * (1 + LEAD / np.sqrt(n)):
