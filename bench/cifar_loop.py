@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from bench import cifar
+from bench.cost import Costs
+from bench.cost import table as cost_table
 from bench.stamp import stamp
 from tta.commands.demo import _View, print_report
 from tta.scenario import DaemonProcess, Phase, Scenario, draw_timeline, measure
@@ -78,20 +80,29 @@ def main() -> int:
     daemon = DaemonProcess(path, folder, SETTINGS)
     daemon.start()
     view = _View(quiet=arguments.json)
-    scenario = Scenario(daemon, phases(), arguments.rate, view=view.show)
+    costs = Costs(daemon)
+
+    def look(scenario: Scenario) -> None:
+        costs.look(scenario)
+        view.show(scenario)
+
+    scenario = Scenario(daemon, phases(), arguments.rate, view=look)
     try:
         with view:
             scenario.run()
+        cost = costs.report(scenario)
     finally:
         daemon.stop()
     report = measure(scenario, path)
     result = {
         **stamp("python -m bench.cifar_loop"),
         **asdict(report),
+        "cost": cost,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "cifar_loop.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / "cifar_loop.md").write_text(table(result))
+    (arguments.out / "cost.md").write_text("\n".join(["# Cost of an operation", "", *cost_table(cost)]) + "\n")
     draw_timeline(
         scenario,
         arguments.out / "cifar_loop.png",

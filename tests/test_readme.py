@@ -97,6 +97,11 @@ def test_the_adaptation_table_is_the_script_s() -> None:
     assert (ROOT / "bench" / "results" / "adaptation_summary.md").read_text().strip() in README
 
 
+def test_the_stream_table_is_the_script_s() -> None:
+    """The table of the changing stream in the README is the summary that bench.stream wrote."""
+    assert (ROOT / "bench" / "results" / "stream_summary.md").read_text().strip() in README
+
+
 def test_every_link_points_at_a_file() -> None:
     """Relative links and pictures exist."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)

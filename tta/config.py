@@ -124,7 +124,7 @@ class AdaptConfig(Section):
     )
     label_free: Annotated[Literal["immediate", "off"], _Off] = Field(
         "off",
-        description="immediate: until labels decide, serve re-estimated normalisation if predictions are surer",
+        description="immediate: serve what can be made without labels until labels decide; off: wait for them",
     )
     augment: tuple[Literal["flip", "crop"], ...] = Field(
         ("flip", "crop"), description="changes that keep the class"

@@ -39,8 +39,8 @@ OURS: dict[str, dict[str, Any]] = {
     "tta, proven only": {},
     "tta, whole network": {"adapt.label_free": "immediate", "adapt.selection": "all"},
 }
-MANY_SEEDS = ("source", "bn", "eata", "rdumb")  # the two best peers among them
-PEERS = ("source", "bn", "roid", "replay", "tent", "eata", "rdumb", "full")
+MANY_SEEDS = ("source", "bn", "eata", "eta")  # the two best peers among them
+PEERS = ("source", "bn", "roid", "replay", "tent", "eata", "eta", "full")
 SMALL_BATCHES = ("bn/16", "eata/16", "roid/16")
 SLOW_PEERS = ("cotta", "bitta")  # 40 passes an image
 SHORT = 2  # visits of the runs with late or wrong labels

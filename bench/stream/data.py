@@ -6,7 +6,9 @@
     mixed     3,000 images, each of another corruption
     clean     1,000 images as the model knows them
 
-Visits and all that follows are of other images than the first pass, so no image that was ever labelled is shown again.
+Visits and all that follows are of other images than the first pass, so there no image is shown that was ever labelled.
+In the first pass itself the corruptions share their 1,000 images: whoever remembers labels of earlier corruptions has
+seen some of them.
 """
 
 from collections.abc import Iterator

@@ -8,7 +8,8 @@ do: an answer then depends on its neighbours in the batch, and a request has to 
     bn       BN-1: statistics of the batch (Nado et al. 2020; Schneider et al., NeurIPS 2020)
     tent     entropy, norm weights only (Wang et al., ICLR 2021)
     eata     the same of reliable and new images, weighted, with a Fisher anchor (Niu et al., ICML 2022)
-    rdumb    the same without the anchor, reset every 1,000 steps (Press et al., NeurIPS 2023)
+    eta      the same without the anchor: RDumb (Press et al., NeurIPS 2023), whose reset, every 1,000 steps, never comes
+             in the 395 batches of this stream
     cotta    teacher with an average over augmentations, stochastic restoration (Wang et al., CVPR 2022)
     roid     weighted soft likelihood ratio, consistency, weight ensembling, prior correction (Marsden et al., WACV 2024)
     bitta    correct/wrong feedback and agreement of dropout samples by REINFORCE (Lee et al., ICML 2025)
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from bench.cifar import MEAN, STD, data_folder
 from bench.resnet20 import resnet20
+from bench.stream.data import LABELS
 from tta.packaging.source import load_checkpoint
 
 BATCH = 200
@@ -96,7 +98,7 @@ class Peer:
         return torch.optim.Adam(self.parameters, lr=1e-3)
 
     def slow_down(self, share: float) -> None:
-        """Take this share of the learning rate, as smaller batches want (Goyal et al. 2017)."""
+        """Take this share of every step, as smaller batches want (Goyal et al. 2017)."""
         for group in self.optimizer.param_groups:
             group["lr"] *= share
 
@@ -184,24 +186,10 @@ class Eata(Peer):
         return logits.detach()
 
 
-class RDumb(Eata):
-    """ETA, reset every 1,000 steps."""
+class Eta(Eata):
+    """EATA without its anchor."""
 
     anchor = 0.0
-    every = 1000
-
-    def start(self) -> None:
-        super().start()
-        self.n = 0
-
-    def predict(self, x: Tensor) -> Tensor:
-        if self.n and self.n % self.every == 0:
-            with torch.no_grad():
-                for p, o in zip(self.parameters, self.origin, strict=True):
-                    p.copy_(o)
-            self.optimizer, self.mean = self.make_optimizer(), None
-        self.n += 1
-        return super().predict(x)
 
 
 class Cotta(Peer):
@@ -237,6 +225,11 @@ class Roid(Peer):
     """Weighted soft likelihood ratio, consistency, ensembling with the source, prior correction."""
 
     source_share, momentum, temperature, clip = 0.01, 0.9, 1 / 3, 0.99
+
+    def slow_down(self, share: float) -> None:
+        super().slow_down(share)
+        self.source_share = 1 - (1 - self.source_share) ** share
+        self.momentum **= share
 
     def start(self) -> None:
         super().start()
@@ -319,7 +312,7 @@ class Bitta(Peer):
 
 
 class Full(Peer):
-    """Full fine-tuning on the labels of each corruption."""
+    """Full fine-tuning on the labels of each corruption, once all of them are there."""
 
     tuned = "all"
     epochs, batch, replay = 20, 64, False
@@ -329,6 +322,7 @@ class Full(Peer):
 
     def start(self) -> None:
         super().start()
+        self.seen: list[tuple[Tensor, Tensor]] = []
         self.x: list[Tensor] = []
         self.y: list[Tensor] = []
 
@@ -337,17 +331,23 @@ class Full(Peer):
         return self.model(x)
 
     def label(self, x: Tensor, y: Tensor, predicted: Tensor) -> None:
-        """Fine-tune; of what is replayed as many steps as of the new."""
+        """Wait for the rest, then fine-tune: with replay a batch of an earlier corruption beside each batch."""
         self.x.append(x)
         self.y.append(y)
+        if sum(map(len, self.y)) < LABELS:
+            return
+        x, y = torch.cat(self.x), torch.cat(self.y)
+        self.x, self.y = [], []
         self.optimizer = self.make_optimizer()
         for _ in range(self.epochs):
             for rows in torch.randperm(len(y)).split(self.batch):
                 loss = F.cross_entropy(self.model(mirrored(x[rows])), y[rows])
-                if self.replay and len(self.y) > 1:
-                    old = int(torch.randint(len(self.y) - 1, ()))
-                    loss = loss + F.cross_entropy(self.model(mirrored(self.x[old])), self.y[old])
+                if self.replay and self.seen:
+                    old_x, old_y = self.seen[int(torch.randint(len(self.seen), ()))]
+                    old = torch.randperm(len(old_y))[: self.batch]
+                    loss = loss + F.cross_entropy(self.model(mirrored(old_x[old])), old_y[old])
                 self.step(loss)
+        self.seen.append((x, y))
 
 
 class Replay(Full):
@@ -361,7 +361,7 @@ PEERS: dict[str, Callable[[Tensor], Peer]] = {
     "bn": BatchNorm,
     "tent": Tent,
     "eata": Eata,
-    "rdumb": RDumb,
+    "eta": Eta,
     "cotta": Cotta,
     "roid": Roid,
     "bitta": Bitta,
@@ -417,7 +417,7 @@ def mirrored(x: Tensor) -> Tensor:
 
 
 def jittered(x: Tensor) -> Tensor:
-    """Mirrored, and brightness, contrast, noise a little changed, as CoTTA's and ROID's augmentations do."""
+    """Mirrored, and brightness, contrast, noise a little changed: milder than CoTTA's and ROID's augmentations."""
     x = mirrored(x)
     n = len(x)
     mean = x.mean((1, 2, 3), keepdim=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tta.adapter.methods import Anatomy
 from tta.adapter.patient import Patient, State
 from tta.adapter.race import Settings
-from tta.adapter.starts import LABEL_FREE, information_of
+from tta.adapter.starts import LABEL_FREE, LOOKED_AT, information_of
 from tta.adapter.surgery import adapt
 from tta.adapter.views import Labels, Views
 from tta.errors import AdaptationError
@@ -31,7 +31,8 @@ class Relief:
         state: its weights.
         block: tuned; "" for none.
         start: the way normalisation was re-estimated.
-        information: nats that the predictions of every start, and of the "candidate", carry on the window.
+        information: nats that the predictions of every start, and of the "candidate", carry on the newest quarter
+            of the window, on which no block was tuned.
     """
 
     state: State
@@ -55,7 +56,7 @@ def relieve(
         patient: the network.
         starts: name to weights, see `starts_of`.
         anatomy: of the network.
-        window: (M, C, H, W) unlabelled images of the shift in [0, 1].
+        window: (M, C, H, W) unlabelled images of the shift in [0, 1], the newest last; at least 4.
         block: to tune; "" for none.
         settings: of the fit.
         progress: told (what, done, of).
@@ -66,9 +67,12 @@ def relieve(
     free = [name for name in LABEL_FREE if name in starts]
     if not free:
         raise AdaptationError("without batch normalisation there is nothing to re-estimate: labels are needed")
-    information = information_of(patient, starts, window)
+    # The newest images judge: nothing was tuned on them, not even the relief that may be serving.
+    n_held = min(LOOKED_AT, len(window) // 4)
+    window, held = window[:-n_held], window[-n_held:]
+    information = information_of(patient, starts, held)
     start = max(free, key=lambda name: information[name])
-    tuned = block if len(window) >= MIN_TUNED else ""
+    tuned = block if len(window) + n_held >= MIN_TUNED else ""
     patient.load(starts[start])
     if tuned:
         if tuned not in anatomy.tensors:
@@ -87,5 +91,5 @@ def relieve(
             lambda done: progress("relief", round(100 * done), 100),
         )
     state = patient.state()
-    information["candidate"] = information_of(patient, {"candidate": state}, window)["candidate"]
+    information["candidate"] = information_of(patient, {"candidate": state}, held)["candidate"]
     return Relief(state, tuned, start, information)

@@ -73,6 +73,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.DRIFTED, E.MOVED_ON): (S.DRIFTED, ()),
     (S.ADAPTING, E.MOVED_ON): (S.DRIFTED, (A.CANCEL,)),
     (S.DRIFTED, E.RELIEVED): (S.DRIFTED, (A.RELIEVE,)),
+    (S.DRIFTED, E.DISAGREED): (S.DRIFTED, (A.AWAIT_LABELS, A.ROLL_BACK)),  # labels speak against relief
     (S.DRIFTED, E.SETTLED): (S.STABLE, (A.ACCEPT_REGIME, A.WATCH)),
     (S.DRIFTED, E.ENOUGH_LABELS): (S.ADAPTING, (A.ADAPT,)),
     (S.DRIFTED, E.ACCEPTED): (S.PROBATION, (A.SWAP,)),  # a proposal the operator approves

@@ -87,12 +87,14 @@ class Library:
         fingerprint: Fingerprint | None,
         sequence: int,
         keys: tuple[str, ...] = (),
+        another: bool = False,
     ) -> Regime:
         """Remember a cured regime; the least recently used is forgotten when there are too many.
 
-        A version made for a regime has one: adding it again (after a crash, say) replaces the first.
+        A version made for a regime has one: adding it again (after a crash, say) replaces the first, unless it is
+        `another` regime that the version serves as well.
         """
-        same = [r.number for r in self.regimes.values() if r.version == version != 0]
+        same = [r.number for r in self.regimes.values() if r.version == version != 0 and not another]
         number = same[0] if same else max(self.regimes) + 1
         self.regimes[number] = Regime(number, version, kind, accuracy, fingerprint, sequence, keys)
         others = sorted((r for r in self.regimes.values() if r.number != HOME), key=lambda r: r.last_used)

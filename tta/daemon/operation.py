@@ -27,7 +27,6 @@ from tta.versions import SOURCE
 
 Array = npt.NDArray[Any]
 MIN_WINDOW = 64  # unlabelled images under which normalisation is not re-estimated
-AS_GOOD = "as good as the candidate made without labels, which is better than the serving version"
 CARRIED = ("serving", "source")
 NORMALISATION = "normalisation"  # what was operated on where no block was
 
@@ -270,10 +269,7 @@ class Operation:
                 a + b for a, b in zip((label_free, serving, source), on_fit, strict=True)
             )
             plain = gate.judge(all_free, all_serving, all_source, None, alpha, **guard)
-            if verdict.outcome == "undecided" and plain.outcome == "accepted":
-                # What needs no labels is proven by all of them, and the candidate is no worse on the gate's.
-                verdict = replace(verdict, outcome="accepted", reason=AS_GOOD, p_val=plain.p_val, labels_needed=0)
-            elif verdict.outcome != "accepted" and plain.outcome == "accepted":
+            if verdict.outcome != "accepted" and plain.outcome == "accepted":
                 self._count(block, verdict.outcome)
                 verdict, version, free, block, kept = plain, free, version, blocks[1], on_anchor[3]
             self._discard([free])

@@ -40,6 +40,8 @@ MIN_ADAPT_LABELS = 16
 MIN_OUTCOMES = 16  # labelled predictions under which nothing can be said of the errors
 WARM_STARTS = 2  # cured regimes most like the present one, from which an operation may also start
 NEW = -1
+NEVER = 1 << 40  # images
+MOVES, MOVES_WITHIN = 3, 1024  # times that unknown traffic may move on, within so many samples
 RELIEF = "relief"  # why a version made without labels serves
 RELIEF_SAMPLES = 64  # images of a shift before a version is made of them without labels
 MORE = 2  # times as many, and it is made again
@@ -154,6 +156,7 @@ class Treatment:
         self._recalling = False
         self._suspicion: Finding | None = None
         self._labelled_at = 0  # place of the stream at which the last labels came
+        self._moves: deque[int] = deque(maxlen=MOVES)  # places at which unknown traffic moved on
         self._suspected_at = 0  # samples watched when it arose
         self._unfinished = False  # a swap that a killed daemon had asked for
 
@@ -164,6 +167,7 @@ class Treatment:
         saved = self.store.load_state()
         self.case = Case.load(saved.get("case", {}))
         self.sequence = max(int(saved.get("sequence", 0)), self.labels.last_sequence() + 1)
+        self._labelled_at = self.sequence
         state = State(saved.get("state", State.STABLE))
         if state is State.ADAPTING:  # the adapter died with the daemon: start that step again
             state = State.DRIFTED
@@ -366,6 +370,7 @@ class Treatment:
                 sample = self.case.onset
             if self.cycle.state is State.STABLE:
                 self._open_case("charts", sample)
+            self.library.update(found.number, last_used=self.sequence)
             self._remember_relief(self.sequence - WINDOW)
             self.case.target = found.number
             self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
@@ -377,16 +382,25 @@ class Treatment:
                 self._move_on(onset)
 
     def _move_on(self, onset: int) -> None:
-        """The traffic has left the present shift for one that nobody knows: a case of its own."""
+        """The traffic has left the present shift for one that nobody knows: a case of its own.
+
+        Unless it does so all the time: then the mixture is the shift.
+        """
+        within = onset - self._moves[0] if len(self._moves) == MOVES else MOVES_WITHIN
+        if self.case.forced or within < MOVES_WITHIN:
+            return
+        self._moves.append(onset)
         self._remember_relief(onset)
+        proven = self.case.proven if self._relieved() else NEW
         if self.happen(Event.MOVED_ON, onset=onset):
             self._open_case("charts", onset)
+            self.case.proven = proven
+            self.watch.excluded.clear()
             self.save()
 
     def _remember_relief(self, until: int) -> None:
         """What was made without labels for a shift that ends may be of use when it returns."""
-        relieved = self.case.proven >= 0 and self.cycle.state in (State.DRIFTED, State.ADAPTING)
-        found = self.watch.fingerprint(until) if relieved else None
+        found = self.watch.fingerprint(until) if self._relieved() else None
         if found is not None:
             serving, kind, accuracy = self.case.serving, self.case.kind, self._measured_accuracy()
             self.case.regime = self.library.add(serving, kind, accuracy, found, self.sequence).number
@@ -413,7 +427,8 @@ class Treatment:
             self._raise_suspicion()
         if self.cycle.state is State.DRIFTED:
             found = self.watch.recognised()
-            if found is not None and found.number == self._feature_regime() and self.case.cause == "charts":
+            back = found is not None and found.number == self._feature_regime() and self._is_served(found)
+            if found is not None and back and self.case.cause == "charts":
                 self.happen(Event.QUIET, regime=found.number)
 
     def _feature_regime(self) -> int | None:
@@ -464,7 +479,7 @@ class Treatment:
         """Run source and previous version on live labels."""
         x, y = arrays_of(rows)
         serving, probing = self.case.serving, self._probing()
-        versions = [self._folder(SOURCE), *([self._folder(self.case.previous)] if probing else [])]
+        versions = [self._folder(SOURCE), *([self._folder(self._rival())] if probing else [])]
 
         def then(outputs: Outputs | None) -> None:
             if outputs is None or self.case.serving != serving:
@@ -488,8 +503,12 @@ class Treatment:
 
     def _probing(self) -> bool:
         """Whether live labels compare the serving version with the one before."""
-        case = self.case
-        return self.cycle.state is State.PROBATION and not self.swapping and case.previous != case.serving
+        judging = self.cycle.state is State.PROBATION or self._relieved()
+        return judging and not self.swapping and self._rival() != self.case.serving
+
+    def _rival(self) -> int:
+        """The version that live labels compare the serving one with."""
+        return self.case.proven if self._relieved() else self.case.previous
 
     # -- time -------------------------------------------------------------------------------------------
 
@@ -509,8 +528,9 @@ class Treatment:
                 self._recall_by_labels()
             # A restarted daemon has to see the traffic again before it judges it.
             seen = self.watch.n_since() >= WINDOW
-            if have >= self.case.wanted and (seen or self.case.forced) and not self.operation.relieving:
-                self._decide_whether_to_adapt(have)
+            if have >= self.case.wanted and (seen or self.case.forced):
+                if not self.operation.relieving:
+                    self._decide_whether_to_adapt(have)
             elif self._is_settled():
                 self.happen(Event.SETTLED, labels=have, kind=self.case.kind)
             elif self._may_be_relieved():
@@ -614,7 +634,7 @@ class Treatment:
             and self.acting
             and case.actionable
             and case.cause == "charts"
-            and not case.keys
+            and not self.watch.keys
             and not self.operation.relieving
             and self.watch.n_since() >= max(RELIEF_SAMPLES, MORE * case.relief)
         )
@@ -652,10 +672,15 @@ class Treatment:
         self._change(self.case.proposal, self.case.regime, RELIEF)
 
     def _is_settled(self) -> bool:
-        """Whether the shift has lasted, something other than the source serves it, and no labels come any more."""
-        quiet = self.sequence - max(self._labelled_at, self.case.onset) >= self.config.monitor.window
-        relieved = self.case.proven >= 0 or (self.case.looks > 0 and self.case.serving != SOURCE)
-        return self.acting and relieved and quiet and self.watch.knows_shift()
+        """Whether the shift has lasted, relief serves it, and no labels come any more."""
+        case = self.case
+        quiet = self.sequence - max(self._labelled_at, case.onset) >= self.config.monitor.window
+        return self.acting and self._relieved() and not case.forced and quiet and self.watch.knows_shift()
+
+    def _relieved(self) -> bool:
+        """Whether what serves was made without labels and nothing has judged it yet."""
+        case, deciding = self.case, self.cycle.state in (State.DRIFTED, State.ADAPTING)
+        return deciding and case.proven >= 0 and case.serving not in (SOURCE, case.proven)
 
     def next_alpha(self) -> float:
         """What the next look at this shift's labels may spend: alpha/2, alpha/4, ... of `gate.alpha`."""
@@ -724,6 +749,8 @@ class Treatment:
         def then(reply: dict[str, Any]) -> None:
             if "error" in reply:
                 self.case.swap_to = -1
+                if self.case.proven == self.case.serving:  # it was relief that was refused
+                    self.case.proven = -1
                 self.metrics.swaps.labels(reason, "refused").inc()
                 self.library.forget(self.case.target)
                 self.record("swap_refused", refused=version, reason=reason, error=reply["error"])
@@ -755,6 +782,8 @@ class Treatment:
             case.previous = SOURCE if reason == "rollback" else case.serving
             case.previous_regime = HOME if reason == "rollback" else case.regime
         case.serving, case.regime, case.since = version, regime, self.sequence
+        if reason != RELIEF:
+            case.proven = -1
         self._paired = PairedTest(self.config.gate.rollback_alpha)
         self._probation_from = time.monotonic()
         for right in self._right.values():
@@ -767,11 +796,16 @@ class Treatment:
         self.save()
 
     def _roll_back(self) -> None:
-        if self.case.target != NEW:
+        if self.case.target not in (NEW, HOME):
             # It may still be right for the regime it was made for: this traffic only looked like that one.
             self.watch.excluded.add(self.case.target)
-        self.case.kind = ""
-        self._change(self.case.previous, self.case.previous_regime, "rollback")
+        relieved, case = self._relieved(), self.case
+        case.kind, case.target = "", NEW
+        if relieved:
+            case.relief = NEVER  # labels have spoken against it
+            self._change(case.proven, case.regime, "rollback")
+        else:
+            self._change(case.previous, case.previous_regime, "rollback")
 
     def _await_labels(self) -> None:
         have = self.labels.count(self.case.onset)
@@ -806,7 +840,7 @@ class Treatment:
             accuracy = max(accuracy, self.regime.accuracy - self.config.monitor.error_tolerance)
         found = None if self.case.cause == "labels" else self.watch.fingerprint()
         regime = self.library.add(
-            self.case.serving, self.case.kind, accuracy, found, self.sequence, self.case.keys
+            self.case.serving, self.case.kind, accuracy, found, self.sequence, self.case.keys, another=True
         )
         self.case.regime = regime.number
         self.metrics.regime.set(regime.number)

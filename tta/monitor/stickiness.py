@@ -74,10 +74,8 @@ def measure(w: Array, predictions: Array) -> tuple[float, float]:
 def _repeat(w: Array) -> float:
     """Of one segment; see `measure`."""
     n = len(w)
-    if n >= MIN_CUT:
-        copies = _share_of_copies(w)
-        if copies is not None:
-            return copies
+    copies = _share_of_copies(w) if n >= MIN_CUT else None
+    if n >= MIN_CUT and copies is None:
         w = _without_change(w)
     lags, far = min(LAGS, n // 4), min(FAR, n // 2)
     apart = float(np.mean([_apart(w, far + extra) for extra in range(0, min(FAR, n // 4), FAR // 4)]))
@@ -87,7 +85,9 @@ def _repeat(w: Array) -> float:
     # One lag suffices where near-copies are neighbours; the sum over lags also sees cameras that take turns.
     total = 1 + 2 * sum(c for c in correlation if c > NOISE)
     repeat = max(correlation[0], (total - 1) / (total + 1))
-    if n >= MIN_CUT and repeat > NOISE:
+    if copies is not None:
+        repeat = min(repeat, copies)  # of the two only copies raise both: spread that differs is neither
+    elif n >= MIN_CUT and repeat > NOISE:
         repeat += CUT_BIAS / n
     return float(np.clip(repeat, 0.0, 1.0))
 
