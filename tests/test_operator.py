@@ -207,3 +207,28 @@ def test_labels_take_over_from_relief(shifted: Callable) -> None:
     assert events_named("relieved", daemon)[0]["sequence"] < verdict["sequence"]
     assert verdict["accuracy_serving"] == verdict["accuracy_source"]
     assert verdict["version"] > 0
+
+
+def test_labels_can_speak_against_relief(
+    start_daemon: Callable[..., DaemonProcess], noisy: tuple, bundle: Bundle
+) -> None:
+    """When live labels say that the source was right, relief is taken back and not tried again for this shift."""
+    daemon = start_daemon(**{"adapt.label_free": "immediate", "adapt.labels": 5000})
+    source = Predictor(bundle, "cpu")
+    source.activate(source.prepare())
+    x = noisy[0]
+    believed = np.concatenate([source.run(x[i : i + 32]).logits.argmax(axis=1) for i in range(0, len(x), 32)])
+    traffic = Traffic(daemon, x, believed)
+    traffic.start()
+    try:
+        until(lambda: events_named("disagreed", daemon), "the verdict of the labels", 120)
+        now = until(lambda: (s := status(daemon)) and s["version"] == 0 and s, "the source serving again")
+        relieved = len(events_named("relieved", daemon))
+        answered = traffic.answered
+        until(lambda: traffic.answered > answered + 300, "more of the same", 120)
+    finally:
+        traffic.stop()
+
+    assert now["state"] == "drifted"
+    assert len(events_named("relieved", daemon)) == relieved
+    assert status(daemon)["version"] == 0

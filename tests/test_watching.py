@@ -275,3 +275,27 @@ def test_a_rare_camera_s_shift_is_seen_through_and_a_silent_one_let_go(bundle: B
         feed(watch, place + i, quiet, slice(0, 250), others[i // 250])
     assert watch.forget_silent_keys()
     assert watch.keys == ()
+
+
+def test_unknown_traffic_that_moves_on_is_noticed_and_that_which_stays_is_not(
+    bundle: Bundle, watch: Watch
+) -> None:
+    """Within a shift nobody knows, its own samples go on as they began; another shift is seen in 32 samples."""
+    predictor = Predictor(bundle, "cpu", 1)
+    predictor.activate(predictor.prepare())
+    x, _ = digits("stream", 480, seed=52)
+    noise, blur = predictor.run(corrupt(x[:400], "noise", 4)), predictor.run(corrupt(x[400:], "blur", 4))
+    watch.look_from(0)
+    source = watch.sources.number("camera")
+
+    def moved(result: Any, first: int) -> list[int]:
+        found = []
+        for i in range(0, len(result.logits), 4):
+            places, rows = range(first + i, first + i + 4), slice(i, i + 4)
+            watch.features(places, result.features[rows], result.logits[rows], np.full(4, source))
+            place = watch.moved_on()
+            found += [] if place is None else [place]
+        return found
+
+    assert moved(noise, 0) == []
+    assert 380 <= moved(blur, 400)[0] <= 432

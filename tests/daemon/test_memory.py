@@ -207,3 +207,19 @@ def test_the_library_survives_and_forgets_the_least_used(tmp_path: Path) -> None
     assert found is not None
     assert (known[found].number, known[found].version, known[found].keys) == (2, 2, ("north",))
     assert json.loads((tmp_path / "library.json").read_text())[0]["kind"] == "input"
+
+
+def test_a_version_may_serve_another_regime_as_well(tmp_path: Path) -> None:
+    """Added again a version's regime is replaced; added for another regime both are kept."""
+    rng = np.random.default_rng(0)
+
+    def regime(mean: float):
+        return fingerprint(rng.normal(mean, 1, (200, 6)), np.zeros(200, np.int64))
+
+    library = Library(tmp_path, regime(0), 0.9, capacity=8)
+    first = library.add(1, "input", 0.8, regime(3.0), 0)
+    assert library.add(1, "input", 0.7, regime(3.1), 1).number == first.number
+    second = library.add(1, "input", 0.6, regime(-3.0), 2, another=True)
+
+    assert second.number != first.number
+    assert [r.version for r in library.regimes.values()] == [0, 1, 1]

@@ -208,9 +208,12 @@ def test_one_cameras_shift_is_told_from_all_cameras_shift() -> None:
 
 
 def test_a_change_within_the_samples_is_not_taken_for_copies() -> None:
-    """Wherever a shift lies within 128 independent samples, they are not called sticky; copies across it are."""
+    """A shift of mean or spread within 128 independent samples is not called sticky; copies across it are."""
     for cut in (20, 64, 100):
         samples = joined(stream(cut, 8), stream(128 - cut, 9, mean=3.0))
         assert measure(samples.w, samples.predictions)[0] < 0.1
+    wide = replace(stream(64, 9), w=4 * stream(64, 9).w)
+    spread = joined(stream(64, 8), wide)
+    assert measure(spread.w, spread.predictions)[0] < 0.1
     sticky = joined(stream(64, 8, repeat=0.8), stream(64, 9, mean=3.0, repeat=0.8))
     assert 0.6 < measure(sticky.w, sticky.predictions)[0] < 0.95
