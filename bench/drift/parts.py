@@ -372,7 +372,10 @@ REGIMES = (
 
 
 def recall(draw: Draw, seed: int, n_windows: int = 100) -> Json:
-    """How often the regime a window comes from is recognised, home among twelve others, by window size."""
+    """How often the regime a window comes from is recognised, home among twelve others, by window size.
+
+    And how often it is taken for another where its own is not known.
+    """
     rng = np.random.default_rng([seed, 4])
     pools = [draw.pool(), *(draw.shift(name) for name in REGIMES)]
     half = len(pools[0].predictions) // 2
@@ -384,24 +387,22 @@ def recall(draw: Draw, seed: int, n_windows: int = 100) -> Json:
         rows = rng.permutation(half)[:512]
         prints.append(fingerprint(pool.sets["ours"][rows], pool.predictions[rows]))
     found: Json = {}
-    for size in (16, 32, 64):
-        right = strict = total = 0
+    for size in (4, 8, 16, 48):
+        counts: Counter[str] = Counter()
         wrong: Counter[str] = Counter()
         for i, pool in enumerate(pools):
             for _ in range(n_windows):
                 window = pool.sets["ours"][half + rng.integers(half, size=size)]
-                ratios = [p.distance(window) / p.threshold for p in prints]
-                nearest_one = int(np.argmin(ratios))
-                right += nearest_one == i
-                strict += recognise([(p, window) for p in prints]) == i
-                total += 1
-                if nearest_one != i:
-                    wrong[f"{('home', *REGIMES)[i]} taken for {('home', *REGIMES)[nearest_one]}"] += 1
-        found[str(size)] = {
-            "top1": right / total,
-            "and_near_enough": strict / total,
-            "wrong": dict(wrong.most_common(4)),
-        }
+                chosen = recognise([(p, window) for p in prints])
+                others = [(p, window) for j, p in enumerate(prints) if j != i]
+                counts["right"] += chosen == i
+                counts["wrong"] += chosen is not None and chosen != i
+                counts["unknown_taken"] += recognise(others) is not None
+                if chosen is not None and chosen != i:
+                    wrong[f"{('home', *REGIMES)[i]} taken for {('home', *REGIMES)[chosen]}"] += 1
+        total = n_windows * len(pools)
+        shares = {name: counts[name] / total for name in ("right", "wrong", "unknown_taken")}
+        found[str(size)] = {**shares, "confused": dict(wrong.most_common(4))}
     return found
 
 

@@ -216,8 +216,10 @@ def _summary(data: Json) -> list[str]:
     confusion = data["diagnosis"]["48"]
     each = ", ".join(f"{k} {100 * v:.0f} %" for k, v in zip(KINDS, confusion["diagonal"], strict=True))
     rows.append(("right kind of shift, 48 samples after the alarm", each))
-    recall = np.mean([d["32"]["top1"] for d in data["recall"]])
-    rows.append((f"regime recognised among {len(REGIMES) + 1}, from 32 samples", f"{100 * recall:.1f} %"))
+    for size in ("8", "48"):
+        shares = [np.mean([d[size][k] for d in data["recall"]]) for k in ("right", "wrong")]
+        name = f"regime recognised among {len(REGIMES) + 1}, from {size} samples (another named)"
+        rows.append((name, f"{100 * shares[0]:.1f} % ({100 * shares[1]:.2f} %)"))
     cost = data["cost"]
     rows.append(
         (
@@ -406,17 +408,16 @@ def _diagnosis_tables(data: Json) -> list[str]:
         lines.append("")
     silent = ", ".join(f"{k} {n}" for k, n in data["diagnosis"]["silent"].items() if n) or "none"
     lines.append(f"Without an alarm in 1,500 samples, or with one before the change: {silent}.")
-    recall = {size: np.mean([d[size]["top1"] for d in data["recall"]]) for size in data["recall"][0]}
-    near = {size: np.mean([d[size]["and_near_enough"] for d in data["recall"]]) for size in data["recall"][0]}
     lines += [
         "",
-        f"**Regimes recognised** among {len(REGIMES) + 1} (home included): "
-        + ", ".join(
-            f"{100 * v:.1f} % from {size} samples ({100 * near[size]:.1f} % near enough to act)"
-            for size, v in recall.items()
-        )
-        + ".",
+        f"**Regimes recognised** among {len(REGIMES) + 1} (home included), in %; the rest wait for more samples:",
+        "",
+        "| samples | recognised | another named | its own not known: another named |",
+        "| --- | --- | --- | --- |",
     ]
+    for size in data["recall"][0]:
+        shares = [np.mean([d[size][k] for d in data["recall"]]) for k in ("right", "wrong", "unknown_taken")]
+        lines.append(f"| {size} | " + " | ".join(f"{100 * v:.2f}" for v in shares) + " |")
     return lines
 
 
