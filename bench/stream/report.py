@@ -259,6 +259,7 @@ def draw(result: Json, path: Path) -> None:
     axis.set_xlabel("visit (the first: 1,000 images a corruption, 128 labels; then 200 without)")
     axis.set_ylabel("error, %")
     axis.set_xticks(range(1, N_VISITS + 1))
+    axis.set_ylim(top=56)  # room for the legend
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, ncols=2, frameon=False)
     axis.set_title("15 corruptions, severity 5, ResNet-20 on CIFAR-10")

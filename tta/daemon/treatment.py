@@ -27,7 +27,7 @@ from tta.daemon.watch import Finding, Watch
 from tta.errors import NotFoundError, PreconditionError
 from tta.monitor.accuracy import PairedTest, binomial_tail
 from tta.monitor.diagnosis import Diagnosis
-from tta.monitor.regimes import WINDOW
+from tta.monitor.regimes import LOOKS, WINDOW
 from tta.versions import SOURCE
 
 Array = npt.NDArray[Any]
@@ -365,7 +365,7 @@ class Treatment:
             if self._suspicion is not None:
                 sample = self._suspicion.sequence
             elif self.cycle.state is State.STABLE:  # recognised before a chart crossed
-                sample = self.sequence - WINDOW
+                sample = self.sequence - LOOKS[0]
             else:
                 sample = self.case.onset
             if self.cycle.state is State.STABLE:
