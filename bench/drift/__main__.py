@@ -25,7 +25,7 @@ import numpy as np
 from bench.cifar import CACHE
 from bench.drift import parts, report
 from bench.drift.data import Draw, prepare
-from bench.stamp import stamp
+from bench.stamp import code_hash, stamp
 from tta.packaging.reference import Whitening, fit_whitening
 
 ROOT = Path(__file__).parents[2]
@@ -35,16 +35,6 @@ PEER_SETS = ("last", "all", "ours")
 PEER_SHIFTS = tuple(s for s in parts.SHIFTS if s[-1] in "345")
 PEER_DRAWS, PEER_NULLS, PEER_LENGTH, PEER_STREAMS = 2, 30, 3000, 3
 PEER_WARM_UP, PEER_CENSOR = 50, 600
-
-
-def code_hash(*paths: str) -> str:
-    """Of files and folders of the project."""
-    digest = hashlib.sha256()
-    for path in paths:
-        found = ROOT / path
-        for file in sorted(found.rglob("*.py")) if found.is_dir() else [found]:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 INPUTS = ("tta/packaging/reference.py", "bench/corruptions.py", "bench/drift/data.py", "bench/drift/parts.py")

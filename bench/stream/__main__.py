@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import cifar
-from bench.stamp import stamp
+from bench.stamp import code_hash, stamp
 from bench.stream import report
 from bench.stream.data import N_REFERENCE, N_VISITS, stream
 
@@ -85,21 +85,11 @@ def cells() -> list[Cell]:
     return [*found, Cell("tta, whole network")]
 
 
-def code_hash(*paths: str) -> str:
-    """Of files and folders of the project."""
-    digest = hashlib.sha256()
-    for path in paths:
-        found = ROOT / path
-        for file in sorted(found.rglob("*.py")) if found.is_dir() else [found]:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def path_of(cell: Cell) -> Path:
     """Where its result is kept."""
     ours = cell.method in OURS
     settings = json.dumps({**SETTINGS, **OURS[cell.method]}) if ours else ""
-    code = code_hash(*CODE, *(OUR_CODE if ours else PEER_CODE))
+    code = code_hash(*CODE, *(OUR_CODE if ours else PEER_CODE))[:16]
     digest = hashlib.sha256(f"{code} {settings}".encode()).hexdigest()[:16]
     return cifar.CACHE / "stream" / f"{cell.name}-{digest}.json"
 

@@ -79,17 +79,16 @@ def relieve(
             raise AdaptationError(f"block {tuned!r} is not in the model: it has {', '.join(anatomy.tensors)}")
         rate = min(settings.rates().head if tuned == anatomy.head else settings.rates().body)
         plan = replace(
-            settings.fit(), name=tuned, parts=(anatomy.tensors[tuned],), learning_rate=rate, unlabelled=1.0
+            settings.fit(),
+            name=tuned,
+            parts=(anatomy.tensors[tuned],),
+            learning_rate=rate,
+            unlabelled=1.0,
+            epochs=PASSES,
         )
         none = Labels.known(window[:0], torch.zeros(0, dtype=torch.int64, device=window.device))
         views = Views(patient, none, window, settings.augment)
-        adapt(
-            patient.model,
-            views,
-            none.y,
-            replace(plan, epochs=PASSES),
-            lambda done: progress("relief", round(100 * done), 100),
-        )
+        adapt(patient.model, views, none.y, plan, lambda done: progress("relief", round(100 * done), 100))
     state = patient.state()
     information["candidate"] = information_of(patient, {"candidate": state}, held)["candidate"]
     return Relief(state, tuned, start, information)

@@ -32,7 +32,7 @@ class Event(StrEnum):
     MOVED_ON = "moved_on"  # the traffic has left the present shift for one that nobody knows
     HARMLESS = "harmless"  # no accuracy was lost, as labels or the model's confidence say
     RELIEVED = "relieved"  # a version made without labels may serve until labels decide
-    SETTLED = "settled"  # such a version, or the one before, has served for long and no labels come
+    SETTLED = "settled"  # such a version has served for long and no labels come
     ENOUGH_LABELS = "enough_labels"
     ACCEPTED = "accepted"
     PROPOSED = "proposed"  # accepted, but the operator must approve

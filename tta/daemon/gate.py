@@ -100,9 +100,14 @@ def judge(
 
 def _behind(candidate: Sequence[bool], other: Sequence[bool]) -> bool:
     """Whether a candidate is below another by more than a standard error of their difference."""
-    wins = sum(c and not o for c, o in zip(candidate, other, strict=True))
-    losses = sum(o and not c for c, o in zip(candidate, other, strict=True))
+    wins, losses = _wins_and_losses(candidate, other)
     return losses - wins > math.sqrt(wins + losses)
+
+
+def _wins_and_losses(candidate: Sequence[bool], other: Sequence[bool]) -> tuple[int, int]:
+    """On how many labels only the candidate is right, and on how many only the other."""
+    pairs = list(zip(candidate, other, strict=True))
+    return sum(c and not o for c, o in pairs), sum(o and not c for c, o in pairs)
 
 
 def _worst_class(
@@ -111,9 +116,9 @@ def _worst_class(
     """The class that falls most, among those whose losses outnumber their gains by more than chance."""
     worst, largest = None, 0.0
     for k in sorted(set(classes)):
-        pairs = [(c, s) for c, s, true in zip(candidate, serving, classes, strict=True) if true == k]
-        losses, gains = sum(s and not c for c, s in pairs), sum(c and not s for c, s in pairs)
-        drop = (losses - gains) / len(pairs)
+        own = [i for i, (true, _) in enumerate(zip(classes, candidate, strict=True)) if true == k]
+        gains, losses = _wins_and_losses([candidate[i] for i in own], [serving[i] for i in own])
+        drop = (losses - gains) / len(own)
         if drop > largest and binomial_tail(losses, losses + gains, 0.5) <= CLASS_ALPHA:
             worst, largest = k, drop
     return worst, largest
@@ -122,8 +127,7 @@ def _worst_class(
 def _labels_needed(candidate: Sequence[bool], serving: Sequence[bool], alpha: float) -> int:
     """More labels until the test passes if wins and losses go on in the present proportion."""
     n = len(candidate)
-    wins = sum(1 for a, b in zip(candidate, serving, strict=True) if a and not b)
-    losses = sum(1 for a, b in zip(candidate, serving, strict=True) if b and not a)
+    wins, losses = _wins_and_losses(candidate, serving)
     total = n
     while total < MAX_LABELS:
         total += max(8, total // 8)

@@ -391,7 +391,7 @@ class Treatment:
             return
         self._moves.append(onset)
         self._remember_relief(onset)
-        proven = self.case.proven if self._relieved() else NEW
+        proven = self.case.proven if self._relieved() else -1
         if self.happen(Event.MOVED_ON, onset=onset):
             self._open_case("charts", onset)
             self.case.proven = proven
