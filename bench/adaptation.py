@@ -58,7 +58,7 @@ def prepared(name: str) -> tuple[Shift, dict[str, Any], Any]:
     """The shift, its starts, and its window."""
     shift = load_shift(name)
     window = shift.patient.images(shift.x_pool[:N_WINDOW])
-    starts = starts_of(shift.patient, shift.source, shift.anatomy, window, {}, lambda *_: None)
+    starts = starts_of(shift.patient, shift.source, shift.anatomy, window, {}, {}, lambda *_: None)
     return shift, starts, window
 
 

@@ -72,7 +72,7 @@ def measure(shift: Shift, n_seeds: int) -> list[dict[str, Any]]:
     images = patient.images(shift.x_pool[:N_RECENT])
     patient.load(shift.source)
     logits = patient.logits(images).numpy()
-    starts = starts_of(patient, shift.source, shift.anatomy, images, {}, lambda *_: None)
+    starts = starts_of(patient, shift.source, shift.anatomy, images, {}, {}, lambda *_: None)
     x, y = patient.images(shift.x_scored), torch.from_numpy(shift.y_scored)
     given = {**race_settings(AdaptConfig()), "selection": block, "budget_s": 1e9}
     found = []

@@ -31,7 +31,7 @@ def measure(name: str, n_images: int) -> dict[str, Any]:
     patient, images = shift.patient, shift.patient.images(shift.x_scored[:n_images])
     y = torch.from_numpy(shift.y_scored[:n_images])
     window = patient.images(shift.x_pool[:N_WINDOW])
-    starts = starts_of(patient, shift.source, shift.anatomy, window, {}, lambda *_: None)
+    starts = starts_of(patient, shift.source, shift.anatomy, window, {}, {}, lambda *_: None)
     every = {t for tensors in shift.anatomy.tensors.values() for t in tensors}
     found: dict[str, Any] = {}
     for start in ("source", "batch-norm"):

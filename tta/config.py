@@ -126,6 +126,10 @@ class AdaptConfig(Section):
         "off",
         description="immediate: serve what can be made without labels until labels decide; off: wait for them",
     )
+    rehearsal: Annotated[Literal["idle", "off"], _Off] = Field(
+        "idle",
+        description="idle: between shifts, tune normalisation for all regimes together; off: each learns alone",
+    )
     augment: tuple[Literal["flip", "crop"], ...] = Field(
         ("flip", "crop"), description="changes that keep the class"
     )
@@ -160,6 +164,7 @@ class LibraryConfig(Section):
     """Regimes remembered."""
 
     capacity: int = Field(32, ge=1, description="regimes kept besides home")
+    images: int = Field(512, ge=0, le=100_000, description="images kept of each regime on disk, for rehearsal")
     recall: Annotated[Literal["immediate", "confirm", "off"], _Off] = Field(
         "immediate",
         description="immediate: serve a returning regime's version; confirm: when labels agree; off: only home's",

@@ -37,15 +37,27 @@ SETTINGS: dict[str, Any] = {"adapt.labels": 96, "gate.probation_s": 1e-3, "gate.
 OURS: dict[str, dict[str, Any]] = {
     "tta": {"adapt.label_free": "immediate"},
     "tta, proven only": {},
-    "tta, whole network": {"adapt.label_free": "immediate", "adapt.selection": "all"},
+    "tta, no rehearsal": {"adapt.label_free": "immediate", "adapt.rehearsal": "off"},
 }
 MANY_SEEDS = ("source", "bn", "eata", "eta")  # the two best peers among them
 PEERS = ("source", "bn", "roid", "replay", "tent", "eata", "eta", "full")
+TOLD = ("eata/told", "eta/told", "bn/told", "replay/told")
 SMALL_BATCHES = ("bn/16", "eata/16", "roid/16")
 SLOW_PEERS = ("cotta", "bitta")  # 40 passes an image
 SHORT = 2  # visits of the runs with late or wrong labels
 CODE = ("bench/stream/data.py", "bench/corruptions.py", "bench/cifar.py")
-DECIDING = ("cycle", "daemon", "gate", "labels", "ledger", "library", "operation", "treatment", "watch")
+DECIDING = (
+    "cycle",
+    "daemon",
+    "gate",
+    "labels",
+    "ledger",
+    "library",
+    "operation",
+    "rehearsals",
+    "treatment",
+    "watch",
+)
 OUR_CODE = (
     *("tta/adapter", "tta/monitor", "tta/bundle.py", "tta/server/predictor.py"),
     *(f"tta/daemon/{name}.py" for name in DECIDING),
@@ -76,13 +88,13 @@ class Cell:
 def cells() -> list[Cell]:
     """All of them, the most telling first."""
     found = [Cell("tta", seed) for seed in range(SEEDS)]
-    found += [Cell(m) for m in (*PEERS, *SMALL_BATCHES)]
+    found += [Cell(m) for m in (*PEERS, *TOLD, *SMALL_BATCHES)]
     found += [Cell("tta", visits=SHORT, delay=1000), Cell("tta", visits=SHORT, wrong=0.1)]
     found += [Cell("tta, proven only"), Cell("tta", visits=SHORT, wrong=0.2)]
     found += [Cell("tta", visits=SHORT, delay=100), Cell("tta", visits=SHORT, wrong=0.05)]
     found += [Cell(m, seed) for seed in range(1, SEEDS) for m in MANY_SEEDS]
     found += [Cell(m, visits=report.FEW_VISITS) for m in SLOW_PEERS]
-    return [*found, Cell("tta, whole network")]
+    return [*found, Cell("tta, no rehearsal")]
 
 
 def path_of(cell: Cell) -> Path:

@@ -1,7 +1,8 @@
 """The stream: 15 corruptions in the standard order, seen once for long and then nineteen times shortly.
 
+    start     300 images as the model knows them
     first     1,000 images of each corruption; of the first 512 every fourth gets a label
-    visits    2 to 20: 200 images of each, no labels
+    visits    2 to 20: 150 to 250 images of each, no labels
     correlated  200 images of each, their classes in runs (Dirichlet 0.1, as in NOTE)
     mixed     3,000 images, each of another corruption
     clean     1,000 images as the model knows them
@@ -23,7 +24,8 @@ from bench.corruptions import CORRUPTIONS, corrupt
 
 SEVERITY = 5
 N_REFERENCE = 2000  # of the test images the bundle knows; the stream is made of the others
-N_FIRST, N_VISIT, N_VISITS = 1000, 200, 20
+N_START, N_FIRST, N_VISIT, N_VISITS = 300, 1000, 200, 20
+VISIT_VARIES = 50  # images, either way
 N_MIXED, N_CLEAN = 3000, 1000
 LABELS = 128  # of each corruption, in the first pass only
 LABELLED_EVERY = 4  # images
@@ -38,9 +40,9 @@ class Segment:
     """A stretch of the stream.
 
     Attributes:
-        part: "first", "visits", "correlated", "mixed" or "clean".
+        part: "start", "first", "visits", "correlated", "mixed" or "clean".
         visit: 1 for the first pass; 0 where there are no visits.
-        corruption: "" for mixed and clean.
+        corruption: "" for start, mixed and clean.
         x: (N, 32, 32, 3) uint8.
         y: (N,) classes.
         labelled: (N,) bool, which of them get a label.
@@ -73,17 +75,22 @@ def stream(seed: int, n_visits: int = N_VISITS, labels: int = LABELS) -> Iterato
     """
     rng = np.random.default_rng([seed, 7])
     x, y, _ = images("test")
-    first = np.arange(N_REFERENCE, N_REFERENCE + N_FIRST)
-    later = np.arange(N_REFERENCE + N_FIRST, len(x))
+    pool = rng.permutation(np.arange(N_REFERENCE, len(x)))
+    labelled, later = np.split(pool, [len(CORRUPTIONS) * labels])
     every = np.arange(N_FIRST) % LABELLED_EVERY == 0
     every &= np.cumsum(every) <= labels
-    none = np.zeros(max(N_VISIT, N_MIXED, N_CLEAN), bool)
-    for name in CORRUPTIONS:
-        rows = rng.permutation(first)
+    none = np.zeros(max(N_VISIT + VISIT_VARIES, N_MIXED, N_CLEAN), bool)
+    rows = rng.choice(later, N_START, replace=False)
+    yield Segment("start", 0, "", x[rows], y[rows], none[:N_START])
+    for name, own in zip(CORRUPTIONS, labelled.reshape(len(CORRUPTIONS), labels), strict=True):
+        rows = np.empty(N_FIRST, np.int64)
+        rows[every] = own
+        rows[~every] = rng.choice(later, int((~every).sum()), replace=False)
         yield Segment("first", 1, name, corrupted(name)[rows], y[rows], every)
     for visit in range(2, n_visits + 1):
         for name in CORRUPTIONS:
-            rows = rng.choice(later, N_VISIT, replace=False)
+            n = N_VISIT + int(rng.integers(-VISIT_VARIES, VISIT_VARIES + 1))
+            rows = rng.choice(later, n, replace=False)
             yield Segment("visits", visit, name, corrupted(name)[rows], y[rows], none[: len(rows)])
     for name in CORRUPTIONS:
         rows = _in_runs(rng.choice(later, N_VISIT, replace=False), y, rng)

@@ -2,7 +2,9 @@
 
 Each sees the stream in batches of 200 images, predicts a batch and adapts to it; those that use labels get the same
 ones as tta, when they come. All of them but "source" normalise by the statistics of the batch at hand, as their papers
-do: an answer then depends on its neighbours in the batch, and a request has to wait for 199 others.
+do: an answer then depends on its neighbours in the batch, and a request has to wait for 199 others. A batch knows of no
+change and may hold images from before and after it; in runs marked "told" batches are cut at every change, as they are
+in the papers.
 
     source   the model as it is
     bn       BN-1: statistics of the batch (Nado et al. 2020; Schneider et al., NeurIPS 2020)
@@ -19,7 +21,7 @@ do: an answer then depends on its neighbours in the batch, and a request has to 
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,13 @@ from torch import Tensor, nn
 
 from bench.cifar import MEAN, STD, data_folder
 from bench.resnet20 import resnet20
-from bench.stream.data import LABELS
+from bench.stream.data import LABELS, Segment
 from tta.packaging.source import load_checkpoint
 
 BATCH = 200
 STILL = ("source", "bn")  # learn nothing
 N_CLASSES = 10
+Array = Any
 Json = dict[str, Any]
 
 
@@ -370,38 +373,78 @@ PEERS: dict[str, Callable[[Tensor], Peer]] = {
 }
 
 
+def batches(segments: Iterable[Segment], size: int, told: bool) -> Iterator[list[tuple[int, Array, Array, Array]]]:
+    """Parts of segments that make a batch: (number of the segment, images, classes, which get labels).
+
+    Args:
+        segments: of the stream.
+        size: of a batch.
+        told: cut batches at every change, into about equal parts.
+    """
+    batch: list[tuple[int, Array, Array, Array]] = []
+    room = size
+    for number, segment in enumerate(segments):
+        n, begin = len(segment.x), 0
+        cuts = [len(part) for part in np.array_split(np.arange(n), max(1, round(n / size)))] if told else []
+        while begin < n:
+            end = min(n, begin + (cuts.pop(0) if told else room))
+            batch.append((number, segment.x[begin:end], segment.y[begin:end], segment.labelled[begin:end]))
+            room, begin = room - (end - begin), end
+            if told or not room:
+                yield batch
+                batch, room = [], size
+    if batch:
+        yield batch
+
+
 def run(
-    segments: Any, name: str, reference: np.ndarray, seed: int, tell: Callable[[str], None] = lambda text: None
+    segments: Iterable[Segment],
+    name: str,
+    reference: Array,
+    seed: int,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Json:
     """Give a peer the stream; see `bench.stream.ours.run` for what is returned.
 
     Args:
         segments: of the stream.
-        name: in `PEERS`; "NAME/16" has batches of 16 images, and learning rates as much lower.
+        name: in `PEERS`; "NAME/16" has batches of 16 images, and learning rates as much lower; "NAME/told" has
+            batches that are cut at every change.
         reference: images that the model knows, for EATA's anchor.
         seed: of everything random.
         tell: told of progress.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    method, _, size = name.partition("/")
-    peer, batch = PEERS[method](tensor(reference)), int(size or BATCH)
-    if batch < BATCH and method not in STILL:
-        peer.slow_down(batch / BATCH)
-    found: list[Json] = []
-    for segment in segments:
-        errors = 0
-        for begin in range(0, len(segment.x), batch):
-            x, y = tensor(segment.x[begin : begin + batch]), torch.from_numpy(segment.y[begin : begin + batch])
-            predicted = peer.predict(x).argmax(1)
-            errors += int((predicted != y).sum())
-            rows = torch.from_numpy(np.flatnonzero(segment.labelled[begin : begin + batch]))
-            if len(rows):
-                peer.label(x[rows], y[rows], predicted[rows])
-        entry = {"part": segment.part, "visit": segment.visit, "corruption": segment.corruption}
-        found.append({**entry, "images": len(segment.x), "errors": errors})
-        tell(f"{segment.part} {segment.visit} {segment.corruption}: {100 * errors / len(segment.x):.1f} %")
+    method, _, how = name.partition("/")
+    size = int(how) if how.isdigit() else BATCH
+    peer, segments = PEERS[method](tensor(reference)), list(segments)
+    if size < BATCH and method not in STILL:
+        peer.slow_down(size / BATCH)
+    errors = [0] * len(segments)
+    for batch in batches(segments, size, how == "told"):
+        numbers, x, y, labelled = (np.concatenate(column) for column in zip(*_spread(batch), strict=True))
+        images, truth = tensor(x), torch.from_numpy(y)
+        predicted = peer.predict(images).argmax(1)
+        for number in numbers[(predicted != truth).numpy()]:
+            errors[number] += 1
+        rows = torch.from_numpy(np.flatnonzero(labelled))
+        if len(rows):
+            peer.label(images[rows], truth[rows], predicted[rows])
+        if numbers[0] != numbers[-1]:
+            done = segments[numbers[0]]
+            share = 100 * errors[numbers[0]] / len(done.x)
+            tell(f"{done.part} {done.visit} {done.corruption}: {share:.1f} %")
+    found = [
+        {"part": s.part, "visit": s.visit, "corruption": s.corruption, "images": len(s.x), "errors": wrong}
+        for s, wrong in zip(segments, errors, strict=True)
+    ]
     return {"segments": found}
+
+
+def _spread(batch: list[tuple[int, Array, Array, Array]]) -> Iterator[tuple[Array, Array, Array, Array]]:
+    for number, x, y, labelled in batch:
+        yield np.full(len(y), number), x, y, labelled
 
 
 def tensor(x: Any) -> Tensor:

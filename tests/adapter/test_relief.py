@@ -31,7 +31,7 @@ def test_unlabelled_images_alone_cure_noise(digits_model: nn.Module) -> None:
     x, y = digits("stream", 600, seed=6)
     images, classes = patient.images(corrupt(x, "noise", 4)), torch.from_numpy(y)
     before = patient.accuracy(images, classes)
-    starts = starts_of(patient, source, anatomy, window, {}, lambda *_: None)
+    starts = starts_of(patient, source, anatomy, window, {}, {}, lambda *_: None)
 
     found = relieve(patient, starts, anatomy, window, "block1", SETTINGS, lambda *_: None)
 
@@ -51,7 +51,7 @@ def test_few_images_re_estimate_normalisation_only(digits_model: nn.Module) -> N
     patient = patient_of(digits_model)
     anatomy, source = anatomy_of(digits_model), patient.state()
     window = patient.images(corrupt(digits("stream", MIN_TUNED - 1, seed=5)[0], "noise", 4))
-    starts = starts_of(patient, source, anatomy, window, {}, lambda *_: None)
+    starts = starts_of(patient, source, anatomy, window, {}, {}, lambda *_: None)
 
     found = relieve(patient, starts, anatomy, window, "block1", SETTINGS, lambda *_: None)
 
@@ -67,7 +67,7 @@ def test_the_same_images_give_the_same_relief(digits_model: nn.Module) -> None:
         patient = patient_of(digits_model)
         anatomy, source = anatomy_of(digits_model), patient.state()
         window = patient.images(corrupt(digits("stream", 256, seed=5)[0], "noise", 4))
-        starts = starts_of(patient, source, anatomy, window, {}, lambda *_: None)
+        starts = starts_of(patient, source, anatomy, window, {}, {}, lambda *_: None)
         short = replace(SETTINGS, augment=())
         states.append(relieve(patient, starts, anatomy, window, "block1", short, lambda *_: None).state)
 
@@ -82,7 +82,7 @@ def test_a_network_without_batch_norm_waits_for_labels() -> None:
     patient = Patient(model, classifier_name(model), (0.5,) * 3, (0.5,) * 3, "cpu")
     window = torch.rand(64, 3, 32, 32)
     anatomy = anatomy_of(model)
-    starts = starts_of(patient, patient.state(), anatomy, window, {}, lambda *_: None)
+    starts = starts_of(patient, patient.state(), anatomy, window, {}, {}, lambda *_: None)
 
     with pytest.raises(AdaptationError, match="labels are needed"):
         relieve(patient, starts, anatomy, window, "block1", SETTINGS, lambda *_: None)

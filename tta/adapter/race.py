@@ -10,7 +10,9 @@
    best few blocks is judged by every fold, and among those within one standard error of the best the first in rank
    wins (the one-standard-error rule of Breiman et al., CART, 1984): few labels order blocks badly, and the
    diagnosis has seen many more samples.
-4. The winner is tuned on all fit labels, with the unlabelled window beside them.
+4. The winner is tuned on all fit labels, with the unlabelled window beside them. Unless the start has learned
+   before (its parameters, not only its statistics, differ from the source's) and tuning has not beaten it by a
+   standard error: few labels rather spoil what many have made.
 """
 
 import math
@@ -70,7 +72,7 @@ class Result:
 
     Attributes:
         state: its weights.
-        block: what was tuned: a block or a method.
+        block: what was tuned: a block or a method; "" if the start is the candidate as it is.
         start: where it began.
         report: every score.
     """
@@ -137,9 +139,12 @@ class Race:
         winner = rungs[-1][0] if rungs else plans[0]
         self.progress("fit", len(plans), len(plans) + 1)
         self.patient.load(self.starts[self.start])
-        everything = torch.arange(len(self.labels), device=self.patient.device)
         last = self._with_window(winner, scores[self.start])
-        adapt(self.patient.model, self._views_of(winner), everything, last, self._in_time)
+        best = max((entry["accuracy"] for entry in rungs[-1][1]), default=1.0) if rungs else 1.0
+        enough = self.settings.selection == "race" and self._is_enough(scores[self.start], best)
+        if not enough:
+            everything = torch.arange(len(self.labels), device=self.patient.device)
+            adapt(self.patient.model, self._views_of(winner), everything, last, self._in_time)
         report = {
             "starts": {name: round(score, 4) for name, score in scores.items()},
             "information": {name: round(nats, 4) for name, nats in self.information.items()},
@@ -153,7 +158,13 @@ class Race:
             "seconds": round(monotonic() - self._began, 3),
         }
         self.progress("fit", len(plans) + 1, len(plans) + 1)
-        return Result(self.patient.state(), winner.name, self.start, report)
+        return Result(self.patient.state(), "" if enough else winner.name, self.start, report)
+
+    def _is_enough(self, accuracy: float, tuned: float) -> bool:
+        """Whether the start has learned before, and tuning it is not clearly better on held-out labels."""
+        start, source = self.starts[self.start], self.starts["source"]
+        learned = any(not torch.equal(start[n], source[n]) for n, _ in self.patient.model.named_parameters())
+        return learned and tuned <= accuracy + _standard_error(accuracy, len(self._known))
 
     def _choose_start(self) -> dict[str, float]:
         """Set `start` and `information`; the accuracy of each start on the fit labels."""

@@ -8,7 +8,9 @@ from tta.adapter.methods import Anatomy
 from tta.adapter.patient import Patient, State
 from tta.adapter.surgery import information
 
-LABEL_FREE = ("batch-norm", "early-batch-norm", "blended-batch-norm")
+NORMALISATIONS = ("batch-norm", "early-batch-norm", "blended-batch-norm")
+REHEARSED = "rehearsed"
+LABEL_FREE = (*NORMALISATIONS, REHEARSED)
 LOOKED_AT = 256  # unlabelled images that starts are compared on
 BLENDED = 0.7  # share of the window's statistics, the rest the source's
 
@@ -18,6 +20,7 @@ def starts_of(
     source: State,
     anatomy: Anatomy,
     window: Tensor | None,
+    learned: State,
     remembered: Mapping[str, State],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, State]:
@@ -25,13 +28,15 @@ def starts_of(
 
     Of a model with batch normalisation: "batch-norm" has all statistics from the window, "early-batch-norm" those
     of the first half of the blocks (late ones follow the class mix of the window), "blended-batch-norm" all of
-    them, blended with the source's.
+    them, blended with the source's. "rehearsed" has scales and shifts learned from other regimes, and all
+    statistics from the window.
 
     Args:
         patient: the network.
         source: its weights.
         anatomy: its blocks.
         window: (M, C, H, W) unlabelled images of the shift in [0, 1], or None.
+        learned: scales and shifts, see `tta.adapter.rehearsal`; may be empty.
         remembered: weights by name, such as "serving" or "regime-3".
         progress: told (what, done, of).
     """
@@ -40,11 +45,16 @@ def starts_of(
         blocks = list(anatomy.tensors)
         early = {t for name in blocks[: len(blocks) // 2] for t in anatomy.tensors[name]}
         ways = ((None, 1.0), (early, 1.0), (None, BLENDED))
-        for i, (name, (tensors, share)) in enumerate(zip(LABEL_FREE, ways, strict=True)):
+        for i, (name, (tensors, share)) in enumerate(zip(NORMALISATIONS, ways, strict=True)):
             progress("normalisation", i, len(ways))
             patient.load(source)
             patient.estimate_normalisation(window, tensors, share)
             starts[name] = patient.state()
+    if learned and (window is not None or not patient.has_batch_norm()):
+        patient.load({**source, **learned})
+        if window is not None and patient.has_batch_norm():
+            patient.estimate_normalisation(window)
+        starts[REHEARSED] = patient.state()
     return {**starts, **remembered}
 
 

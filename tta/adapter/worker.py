@@ -6,6 +6,7 @@ candidate beside it (`delta`, `probe`) and reports. Cancelling is killing it.
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from tta import log
 from tta.adapter.methods import Anatomy
 from tta.adapter.patient import Patient, State
 from tta.adapter.race import Race, Result, Settings
+from tta.adapter.rehearsal import Memory, rehearse
 from tta.adapter.relief import relieve
-from tta.adapter.starts import LABEL_FREE, starts_of
+from tta.adapter.starts import LABEL_FREE, REHEARSED, starts_of
 from tta.adapter.surgery import delta_of
 from tta.adapter.views import Labels
 from tta.bundle import Bundle, load_bundle
@@ -67,6 +69,8 @@ class Surgeon:
         """
         request = json.loads((folder / "request.json").read_text())
         arrays = load_file(folder / "arrays.safetensors")
+        if request["memories"]:
+            return self._rehearse(folder, request, arrays, progress)
         patient = self.patient
         window = patient.images(arrays["x_window"]) if "x_window" in arrays else None
         remembered = {}
@@ -74,7 +78,9 @@ class Surgeon:
             _, delta, _ = load_version(Path(version_folder))
             changed = {n: torch.from_numpy(np.array(a)) for n, a in delta.items()}
             remembered[name] = {**self.source, **changed}
-        starts = starts_of(patient, self.source, self.anatomy, window, remembered, progress)
+        rehearsed = load_file(request["rehearsed"]) if request["rehearsed"] else {}
+        learned = {n: torch.from_numpy(a).to(patient.device) for n, a in rehearsed.items()}
+        starts = starts_of(patient, self.source, self.anatomy, window, learned, remembered, progress)
         settings = msgspec.convert(request["settings"], Settings)
         if "y_fit" not in arrays:
             if window is None:
@@ -95,6 +101,31 @@ class Surgeon:
             self._write(folder / "label-free", Result(relief.state, relief.block, relief.start))
             reply["label_free"] = {"block": relief.block, "start": relief.start}
         return reply
+
+    def _rehearse(
+        self, folder: Path, request: dict[str, Any], arrays: dict[str, Any], progress: Any
+    ) -> dict[str, Any]:
+        """Tune scales and shifts for all regimes, and give each a candidate with its own statistics."""
+        patient, settings = self.patient, msgspec.convert(request["settings"], Settings)
+        memories = {}
+        for name, path in request["memories"].items():
+            images = load_file(path)["x"]
+            none = np.zeros((0, *images.shape[1:]), np.uint8)
+            x, y = arrays.get(f"x_{name}", none), arrays.get(f"y_{name}", np.zeros(0, np.int64))
+            memories[name] = Memory(images, x, y)
+        patient.load(self.source)
+        began = time.monotonic()
+        learned = rehearse(patient, memories, settings.augment, settings.seed, progress)
+        save_file(
+            {n: np.ascontiguousarray(t.cpu().numpy()) for n, t in learned.items()},
+            folder / "rehearsed.safetensors",
+        )
+        for name, memory in memories.items():
+            patient.load({**self.source, **learned})
+            if patient.has_batch_norm():
+                patient.estimate_normalisation(patient.images(np.concatenate([memory.images, memory.x])))
+            self._write(folder / f"candidate-{name}", Result(patient.state(), "", REHEARSED))
+        return {"seconds": round(time.monotonic() - began, 3)}
 
     def _write(self, folder: Path, result: Result) -> None:
         folder.mkdir()

@@ -96,7 +96,8 @@ class Daemon:
         )
         reference = self.bundle.reference
         home = fingerprint(reference["w"], reference["predictions"])
-        self.library = Library(config.state, home, manifest.reference_accuracy, config.library.capacity)
+        kept = config.library
+        self.library = Library(config.state, home, manifest.reference_accuracy, kept.capacity, kept.images)
         self.calibrations = Calibrations(
             config.state / "calibrations", self.bundle, config.monitor.arl, config.adapt.nice, self.log
         )

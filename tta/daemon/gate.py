@@ -86,7 +86,7 @@ def judge(
         reason = "no better than the serving version"
     elif own < home:
         reason = "below the source model"
-    elif label_free is not None and _behind(candidate, label_free):
+    elif label_free is not None and behind(candidate, label_free):
         reason = "below the candidate made without labels"
     elif drop > max_class_drop:
         reason = f"class {worst} falls by {100 * drop:.0f} points"
@@ -98,7 +98,7 @@ def judge(
     return Verdict(outcome, reason, n, p_val, alpha, own, now, home, free, needed, worst, drop)
 
 
-def _behind(candidate: Sequence[bool], other: Sequence[bool]) -> bool:
+def behind(candidate: Sequence[bool], other: Sequence[bool]) -> bool:
     """Whether a candidate is below another by more than a standard error of their difference."""
     wins, losses = _wins_and_losses(candidate, other)
     return losses - wins > math.sqrt(wins + losses)

@@ -1,7 +1,8 @@
 """The labelled buffer: SQLite on disk, durable when a label is acknowledged.
 
 Each label is split once, by a hash of its prediction id, into those that fit a candidate and those that judge it;
-a label never changes sides.
+a label never changes sides. Which regime a label belongs to follows from its place in the stream, so that late
+ones find theirs.
 """
 
 import hashlib
@@ -31,7 +32,13 @@ CREATE TABLE IF NOT EXISTS labels (
 );
 CREATE INDEX IF NOT EXISTS by_sequence ON labels (sequence);
 CREATE INDEX IF NOT EXISTS usable ON labels (sequence, fit) WHERE label IS NOT NULL AND x IS NOT NULL;
+CREATE TABLE IF NOT EXISTS spans ( -- of the stream, and the regime its traffic was of
+    since INTEGER PRIMARY KEY,
+    until INTEGER NOT NULL,
+    regime INTEGER NOT NULL
+);
 """
+MAX_SPANS = 4096  # remembered; older labels belong to no regime any more
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,29 @@ class LabelBuffer:
         """
         return self._rows(
             "WHERE sequence >= ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL", (since, int(fit)), limit
+        )
+
+    def attribute(self, regime: int, since: int, until: int) -> None:
+        """Say that the traffic from `since` to before `until` was of a regime; an empty span says nothing."""
+        if since >= until:
+            return
+        self._db.execute("INSERT OR REPLACE INTO spans VALUES (?,?,?)", (since, until, regime))
+        self._db.execute(
+            "DELETE FROM spans WHERE since NOT IN (SELECT since FROM spans ORDER BY since DESC LIMIT ?)",
+            (MAX_SPANS,),
+        )
+
+    def forget_regime(self, regime: int) -> None:
+        """Its labels belong to no regime from now on."""
+        self._db.execute("DELETE FROM spans WHERE regime = ?", (regime,))
+
+    def of_regime(self, regime: int, fit: bool, limit: int = -1) -> list[Labelled]:
+        """Labels with a class and an image from traffic of a regime, of one side of the split, newest first."""
+        return self._rows(
+            "JOIN spans ON sequence >= since AND sequence < until "
+            "WHERE regime = ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL",
+            (regime, int(fit)),
+            limit,
         )
 
     def known_wrong(self, since: int, limit: int = -1) -> list[Labelled]:

@@ -1,6 +1,7 @@
 """Regimes seen before and the version that cured each; home is regime 0 with version 0.
 
-On disk: `library.json` and one `regimes/000003.safetensors` a regime.
+On disk: `library.json`, and for each regime `regimes/000003.safetensors` and some of its images without labels,
+`regimes/000003-images.safetensors`.
 """
 
 import json
@@ -34,6 +35,7 @@ class Regime:
             another's.
         last_used: sequence number of the stream when it was last served.
         keys: sources whose traffic it describes; empty for all.
+        n_images: of its traffic that have been offered to `Library.keep_images`.
     """
 
     number: int
@@ -43,13 +45,25 @@ class Regime:
     fingerprint: Fingerprint | None
     last_used: int
     keys: tuple[str, ...] = ()
+    n_images: int = 0
 
 
 class Library:
-    """All regimes. Owned by the daemon's main thread."""
+    """All regimes. Owned by the daemon's main thread.
 
-    def __init__(self, root: Path, home: Fingerprint, home_accuracy: float, capacity: int) -> None:
+    Args:
+        root: the state folder.
+        home: fingerprint of home.
+        home_accuracy: of the source there.
+        capacity: regimes kept besides home.
+        n_images: kept of each regime.
+    """
+
+    def __init__(
+        self, root: Path, home: Fingerprint, home_accuracy: float, capacity: int, n_images: int = 0
+    ) -> None:
         self.capacity = capacity
+        self.n_images = n_images
         self._root = root
         self.damaged: dict[str, str] = {}  # entries that could not be read, and why
         self.regimes = {HOME: Regime(HOME, 0, "home", home_accuracy, home, 0)}
@@ -96,12 +110,45 @@ class Library:
         """
         same = [r.number for r in self.regimes.values() if r.version == version != 0 and not another]
         number = same[0] if same else max(self.regimes) + 1
-        self.regimes[number] = Regime(number, version, kind, accuracy, fingerprint, sequence, keys)
+        seen = self.regimes[number].n_images if same else 0
+        self.regimes[number] = Regime(number, version, kind, accuracy, fingerprint, sequence, keys, seen)
         others = sorted((r for r in self.regimes.values() if r.number != HOME), key=lambda r: r.last_used)
         for old in others[: max(0, len(others) - self.capacity)]:
-            del self.regimes[old.number]
+            self._drop(old.number)
         self.save()
         return self.regimes[number]
+
+    def keep_images(self, number: int, x: Array) -> None:
+        """Remember images (N, H, W, C) uint8 of a regime's traffic: of old and new ones a random choice stays.
+
+        Of home none are kept: it is not to be adapted to.
+        """
+        if number not in self.regimes or number == HOME or not len(x) or not self.n_images:
+            return
+        seen = self.regimes[number].n_images
+        old = self.images(number)
+        pool = x if old is None or old.shape[1:] != x.shape[1:] else np.concatenate([old, x])
+        rows = np.random.default_rng([number, seen]).permutation(len(pool))[: self.n_images]
+        (self._root / "regimes").mkdir(exist_ok=True)
+        write_atomically(self.images_path(number), save({"x": np.ascontiguousarray(pool[np.sort(rows)])}))
+        self.update(number, n_images=seen + len(x))
+
+    def images(self, number: int) -> Array | None:
+        """(N, H, W, C) uint8 of a regime; None if there are none or their file is damaged."""
+        try:
+            return load(self.images_path(number).read_bytes())["x"]
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return None
+
+    def images_path(self, number: int) -> Path:
+        """Where `images` are."""
+        return self._root / "regimes" / f"{number:06d}-images.safetensors"
+
+    def _drop(self, number: int) -> bool:
+        if number == HOME or self.regimes.pop(number, None) is None:
+            return False
+        self.images_path(number).unlink(missing_ok=True)
+        return True
 
     def update(self, number: int, **fields: Any) -> None:
         """Change a regime (what serves it, its fingerprint, when it was used)."""
@@ -111,7 +158,7 @@ class Library:
 
     def forget(self, number: int) -> None:
         """Drop a regime, because what was to cure it does not; home and unknown numbers stay as they are."""
-        if number != HOME and self.regimes.pop(number, None) is not None:
+        if self._drop(number):
             self.save()
 
     def save(self) -> None:
@@ -142,6 +189,7 @@ class Library:
                     "fingerprint": name,
                     "last_used": regime.last_used,
                     "keys": list(regime.keys),
+                    "n_images": regime.n_images,
                 }
             )
         write_atomically(self._root / "library.json", json.dumps(entries, indent=1).encode())

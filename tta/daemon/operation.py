@@ -29,6 +29,7 @@ Array = npt.NDArray[Any]
 MIN_WINDOW = 64  # unlabelled images under which normalisation is not re-estimated
 CARRIED = ("serving", "source")
 NORMALISATION = "normalisation"  # what was operated on where no block was
+SCALES = "scales"  # and where it was the scales and shifts of all normalisations
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Operation:
         self.anchor = anchor
         self._work = work
         self.relieving = False  # whether a candidate without labels is being made
+        self.rehearsing = False  # whether candidates for all regimes are being made
+        self.rehearsed: Path | None = None  # scales and shifts from which an operation may start
         self._job = 0  # of the operation under way; an answer to an older one is dropped
         shutil.rmtree(work, ignore_errors=True)  # requests of a daemon that was killed
 
@@ -97,6 +100,7 @@ class Operation:
             alpha: the gate may spend.
             concluded: told how it ended.
         """
+        self._make_way()
         self._job += 1
         self.relieving = False
         job, began = self._job, time.monotonic()
@@ -132,6 +136,7 @@ class Operation:
             done: gets its number, 0 if there can be none, and the nats that the predictions of "serving", "source"
                 and "candidate" carry.
         """
+        self._make_way()
         self._job += 1
         job, began = self._job, time.monotonic()
         self.relieving = True
@@ -154,8 +159,50 @@ class Operation:
 
         self.adapter.submit(folder, finished)
 
+    def rehearse(
+        self,
+        images: Mapping[int, Path],
+        labelled: Mapping[int, tuple[Array, Array]],
+        done: Callable[[dict[int, int], bytes], None],
+    ) -> None:
+        """Make a candidate for each regime of what all of them have left behind; they are stored.
+
+        Args:
+            images: regime number to the file with its unlabelled images.
+            labelled: regime number to images and classes to fit, where there are any.
+            done: gets regime number to candidate, empty if there can be none, and the file of what was learned.
+        """
+        self._job += 1
+        job, began = self._job, time.monotonic()
+        self.rehearsing = True
+        arrays = {f"{k}_{n}": a for n, pair in labelled.items() for k, a in zip("xy", pair, strict=True) if len(a)}
+        folder = self._request(job, arrays, {}, "", "", {str(n): str(path) for n, path in images.items()})
+
+        def finished(header: dict[str, Any]) -> None:
+            if job == self._job:
+                self.rehearsing = False
+                self.metrics.phase_s.labels("rehearse").observe(time.monotonic() - began)
+                if header["op"] == "failed":
+                    self._count(SCALES, "failed")
+                    done({}, b"")
+                else:
+                    report = {"regimes": sorted(images), "seconds": header["seconds"]}
+                    versions = {
+                        n: self._keep(folder / f"candidate-{n}", SCALES, "rehearsed", report) for n in images
+                    }
+                    done(versions, (folder / "rehearsed.safetensors").read_bytes())
+            shutil.rmtree(folder, ignore_errors=True)
+
+        self.adapter.submit(folder, finished)
+
     def _request(
-        self, job: int, arrays: Mapping[str, Array], starts: Mapping[str, int], suited: str, relief: str
+        self,
+        job: int,
+        arrays: Mapping[str, Array],
+        starts: Mapping[str, int],
+        suited: str,
+        relief: str,
+        memories: Mapping[str, str] | None = None,
     ) -> Path:
         """Write what the adapter is to work on; the source needs no folder."""
         folder = self._work / f"request-{job}"
@@ -166,14 +213,21 @@ class Operation:
             "suited": suited,
             "relief": relief,
             "starts": {name: str(path) for name, path in folders.items() if path is not None},
+            "rehearsed": str(self.rehearsed or ""),
+            "memories": memories or {},
             "settings": race_settings(self.config.adapt),
         }
         (folder / "request.json").write_text(json.dumps(request))
         return folder
 
+    def _make_way(self) -> None:
+        """A shift cannot wait for a rehearsal."""
+        if self.rehearsing:
+            self.cancel()
+
     def cancel(self) -> None:
         """Give up the operation under way."""
-        self.relieving = False
+        self.relieving = self.rehearsing = False
         self._job += 1
         self.adapter.cancel()
 
@@ -242,7 +296,7 @@ class Operation:
         blocks: tuple[str, str],
         alpha: float,
     ) -> Conclusion:
-        """Ask the gate; the candidate made without labels may win if they did not help.
+        """Ask the gate; the candidate made without labels wins if it passes and is right more often.
 
         Args:
             outputs: of candidate, serving, source and label-free candidate on gate and anchor images.
@@ -269,7 +323,8 @@ class Operation:
                 a + b for a, b in zip((label_free, serving, source), on_fit, strict=True)
             )
             plain = gate.judge(all_free, all_serving, all_source, None, alpha, **guard)
-            if verdict.outcome != "accepted" and plain.outcome == "accepted":
+            better = verdict.outcome != "accepted" or sum(label_free) > sum(candidate)
+            if better and plain.outcome == "accepted":
                 self._count(block, verdict.outcome)
                 verdict, version, free, block, kept = plain, free, version, blocks[1], on_anchor[3]
             self._discard([free])

@@ -22,12 +22,13 @@ from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink, Versi
 from tta.daemon.metrics import Metrics
 from tta.daemon.operation import Conclusion, Operation, arrays_of
 from tta.daemon.processes import Logger
+from tta.daemon.rehearsals import Rehearsals
 from tta.daemon.store import Store
 from tta.daemon.watch import Finding, Watch
 from tta.errors import NotFoundError, PreconditionError
 from tta.monitor.accuracy import PairedTest, binomial_tail
 from tta.monitor.diagnosis import Diagnosis
-from tta.monitor.regimes import LOOKS, WINDOW
+from tta.monitor.regimes import LOOKS, WINDOW, Fingerprint
 from tta.versions import SOURCE
 
 Array = npt.NDArray[Any]
@@ -77,6 +78,7 @@ class Case:
         accepted: the operator has taken the present shift for normal.
         proven: version that served before one made without labels took its place; -1 if none has.
         relief: images the last version made without labels was made from.
+        attributed: place in the stream before which all traffic has been told to be of some regime.
         looks: how often the present shift's labels have been put to a test; each look spends half of the
             alpha that is left, so that all together spend no more than `gate.alpha`.
     """
@@ -99,6 +101,7 @@ class Case:
     swap_reason: str = ""
     target: int = NEW
     accepted: bool = False
+    attributed: int = 0
     looks: int = 0
     proven: int = -1
     relief: int = 0
@@ -142,6 +145,7 @@ class Treatment:
         self.server = server
         self.adapter = adapter
         self.operation = operation
+        self.rehearsals = Rehearsals(config, store, labels, library, shadow, operation, self.record)
         self.cycle = Cycle()
         self.case = Case()
         self.sequence = 0  # of the next observed sample
@@ -285,7 +289,39 @@ class Treatment:
             onset=found.onset,
         )
 
+    def _attribute(self, number: int, until: int) -> None:
+        """The traffic not yet told to be of any regime was of this one, up to before `until`."""
+        begin = self.case.attributed
+        if number != HOME and until > begin:
+            self.labels.attribute(number, begin, until)
+            newest = self.ledger.since(begin, self.library.n_images + self.sequence - until)
+            images = stack_inputs([e for e in newest if e.sequence < until])
+            if images is not None:
+                self.library.keep_images(number, images)
+        self.case.attributed = max(begin, until)
+
+    def _add_regime(
+        self,
+        kind: str,
+        accuracy: float,
+        found: Fingerprint | None,
+        until: int,
+        keys: tuple[str, ...] = (),
+        another: bool = False,
+    ) -> None:
+        """Remember the present regime, which the serving version is for, with its traffic up to before `until`."""
+        known = set(self.library.regimes)
+        regime = self.library.add(self.case.serving, kind, accuracy, found, self.sequence, keys, another)
+        if regime.number not in known:
+            self.labels.forget_regime(regime.number)  # of another that had the number
+        self.case.regime = regime.number
+        self._attribute(regime.number, until)
+        self.metrics.regime.set(regime.number)
+
     def _open_case(self, cause: str, onset: int) -> None:
+        if self.cycle.state is State.STABLE:
+            self._attribute(self.case.regime, onset)
+        self.case.attributed = max(self.case.attributed, onset)
         self.case.cause, self.case.onset, self.case.kind = cause, onset, ""
         self.case.wanted, self.case.forced, self.case.proposal = self.config.adapt.labels, False, 0
         self.case.looks, self.case.actionable, self.case.keys, self.case.accepted = 0, None, (), False
@@ -372,6 +408,7 @@ class Treatment:
                 self._open_case("charts", sample)
             self.library.update(found.number, last_used=self.sequence)
             self._remember_relief(self.sequence - WINDOW)
+            self.case.attributed = max(self.case.attributed, self.sequence - WINDOW)
             self.case.target = found.number
             self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
         elif self._suspicion is not None and self.watch.n_watched - self._suspected_at > SUSPICION_SAMPLES:
@@ -402,8 +439,7 @@ class Treatment:
         """What was made without labels for a shift that ends may be of use when it returns."""
         found = self.watch.fingerprint(until) if self._relieved() else None
         if found is not None:
-            serving, kind, accuracy = self.case.serving, self.case.kind, self._measured_accuracy()
-            self.case.regime = self.library.add(serving, kind, accuracy, found, self.sequence).number
+            self._add_regime(self.case.kind, self._measured_accuracy(), found, until)
 
     def _wait_for_labels(self) -> None:
         """A regime is recognised that labels must confirm (`_recall_by_labels`): till then it is a shift."""
@@ -546,6 +582,13 @@ class Treatment:
             known = self.target is not None or self.case.kind == "output" or self.watch.knows_shift()
             if known and (enough or elapsed >= self.config.gate.probation_s):
                 self.happen(Event.CONFIRMED, labels=self._paired.n_labels, seconds=round(elapsed, 3))
+        elif self._is_idle() and self.rehearsals.due():
+            self.rehearsals.begin()
+
+    def _is_idle(self) -> bool:
+        """Whether nothing is the matter, and what is recalled may be changed."""
+        calm = self.cycle.state is State.STABLE and self._suspicion is None and not self.adapter.busy
+        return calm and self.acting and self.config.mode == "auto"
 
     def _decide_whether_to_adapt(self, have: int) -> None:
         n, wrong, p_val = self._p_value_of_harm()
@@ -819,10 +862,7 @@ class Treatment:
             self.case.regime = self.target.number
         else:
             found = None if self.case.kind == "output" else self.watch.fingerprint()
-            regime = self.library.add(
-                self.case.serving, self.case.kind, self.case.accuracy, found, self.sequence, self.case.keys
-            )
-            self.case.regime = regime.number
+            self._add_regime(self.case.kind, self.case.accuracy, found, self.sequence, self.case.keys)
         self._probation_from = None
         self.server.release()
         self.metrics.regime.set(self.case.regime)
@@ -839,11 +879,7 @@ class Treatment:
         if not self.case.accepted and self.case.proven < 0:
             accuracy = max(accuracy, self.regime.accuracy - self.config.monitor.error_tolerance)
         found = None if self.case.cause == "labels" else self.watch.fingerprint()
-        regime = self.library.add(
-            self.case.serving, self.case.kind, accuracy, found, self.sequence, self.case.keys, another=True
-        )
-        self.case.regime = regime.number
-        self.metrics.regime.set(regime.number)
+        self._add_regime(self.case.kind, accuracy, found, self.sequence, self.case.keys, another=True)
 
     def _watch(self) -> None:
         self.case.cause, self.case.kind, self.case.proposal = "", "", 0
@@ -901,6 +937,7 @@ class Treatment:
                 return
             self.metrics.swaps.labels(reason, "ok").inc()
             self.happen(Event.OPERATOR, reason=reason)
+            self.case.attributed = self.sequence
             self._served(version, regimes[0] if regimes else HOME, reason)
             for number in left:  # what the operator leaves is not recalled behind his back
                 self.library.forget(number)
@@ -916,6 +953,8 @@ class Treatment:
     def pause(self) -> None:
         """Decide nothing until `resume`; an adaptation under way is cancelled and starts again after it."""
         self.case.paused = True
+        if self.operation.rehearsing:
+            self.operation.cancel()
         if self.cycle.state is State.ADAPTING:
             self.operation.cancel()
             wanted = self.case.wanted

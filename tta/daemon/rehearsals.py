@@ -1,0 +1,165 @@
+"""Between shifts: regimes learn from one another, and each that is proven to gain gets what came of it.
+
+A rehearsal (`tta.adapter.rehearsal`) makes one set of scales and shifts from the images and labels of all regimes,
+and of these a candidate for each of them. All candidates together are put before the gate, on labels that nothing
+was ever fitted to; then each regime whose own labels do not speak against it is served by its candidate when it
+returns. What was learned is also a start for the next operation.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tta.config import Config
+from tta.daemon import gate
+from tta.daemon.labels import LabelBuffer
+from tta.daemon.library import HOME, Library, Regime
+from tta.daemon.links import Outputs, ShadowLink
+from tta.daemon.operation import SCALES, Operation, arrays_of
+from tta.daemon.store import Store, write_atomically
+from tta.versions import SOURCE
+
+MIN_REGIMES = 2
+MIN_IMAGES = 64  # of a regime, to take part
+MIN_GATE_LABELS = 8  # of a regime, for its version to be replaced
+GROWTH = 2  # times the images seen at the last rehearsal, and it is time for the next
+
+
+@dataclass
+class _Hearing:
+    """Correctness on a regime's gate labels."""
+
+    classes: list[int]
+    candidate: list[bool]
+    serving: list[bool]
+    source: list[bool]
+
+
+class Rehearsals:
+    """When to rehearse, and what becomes of it. Owned by the daemon's main thread.
+
+    Args:
+        record: told (what, evidence) for the log.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        labels: LabelBuffer,
+        library: Library,
+        shadow: ShadowLink,
+        operation: Operation,
+        record: Callable[..., None],
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.labels = labels
+        self.library = library
+        self.shadow = shadow
+        self.operation = operation
+        self._record = record
+        self._judging = False
+        self._weights = store.root / "rehearsed.safetensors"
+        self._notes = store.root / "rehearsed.json"
+        self._n_images = 0  # that had been seen at the last rehearsal
+        try:
+            notes = json.loads(self._notes.read_bytes())
+            self._n_images = int(notes["n_images"])
+            usable = bool(notes["usable"])
+        except (OSError, ValueError, KeyError, TypeError):
+            usable = False  # none yet, or damaged: the next one will write both files
+        self.operation.rehearsed = self._weights if usable and self._weights.exists() else None
+
+    def _taking_part(self) -> list[Regime]:
+        """Regimes known by their features: an output-level shift has labels that contradict the others'."""
+        every = self.library.regimes.values()
+        return [r for r in every if r.number != HOME and r.fingerprint is not None and r.n_images >= MIN_IMAGES]
+
+    def due(self) -> bool:
+        """Whether enough has been seen since the last rehearsal, and none is under way."""
+        if self.config.adapt.rehearsal == "off" or self.operation.rehearsing or self._judging:
+            return False
+        regimes = self._taking_part()
+        seen = sum(r.n_images for r in regimes)
+        return len(regimes) >= MIN_REGIMES and seen >= GROWTH * self._n_images
+
+    def begin(self) -> None:
+        """Rehearse."""
+        regimes, limit = self._taking_part(), self.config.adapt.max_labels
+        seen = sum(r.n_images for r in regimes)
+        fit = {r.number: arrays_of(self.labels.of_regime(r.number, fit=True, limit=limit)) for r in regimes}
+        images = {r.number: self.library.images_path(r.number) for r in regimes}
+        images = {n: path for n, path in images.items() if path.exists()}
+        self._record("rehearsal", regimes=sorted(images), labels=sum(len(y) for _, y in fit.values()))
+
+        def done(versions: dict[int, int], learned: bytes) -> None:
+            self._n_images = seen
+            if not versions:
+                self._note(usable=self.operation.rehearsed is not None)
+                return
+            write_atomically(self._weights, learned)
+            self._judging = True
+            self._hear(versions, list(versions), {})
+
+        self.operation.rehearse(images, fit, done)
+
+    def _note(self, usable: bool) -> None:
+        self.operation.rehearsed = self._weights if usable else None
+        write_atomically(self._notes, json.dumps({"n_images": self._n_images, "usable": usable}).encode())
+
+    def _hear(self, versions: dict[int, int], waiting: list[int], heard: dict[int, _Hearing]) -> None:
+        """Run candidate, present version and source of one regime after the other on its gate labels."""
+        while waiting:
+            number = waiting.pop()
+            regime = self.library.regimes.get(number)
+            x, y = arrays_of(self.labels.of_regime(number, fit=False, limit=self.config.adapt.max_labels))
+            if regime is None or len(y) < MIN_GATE_LABELS:
+                continue
+            trio = [(v, self.store.folder(v)) for v in (versions[number], regime.version, SOURCE)]
+
+            def then(outputs: Outputs | None, number: int = number, y: Any = y) -> None:
+                if outputs is not None:
+                    right = [(np.asarray(logits).argmax(axis=1) == y).tolist() for logits, _ in outputs]
+                    heard[number] = _Hearing(y.tolist(), *right)
+                self._hear(versions, waiting, heard)
+
+            self.shadow.ask(trio, x, then)
+            return
+        self._judge(versions, heard)
+
+    def _judge(self, versions: dict[int, int], heard: dict[int, _Hearing]) -> None:
+        self._judging = False
+        every = list(heard.values())
+        candidate, serving, source, classes = (
+            [right for hearing in every for right in getattr(hearing, name)]
+            for name in ("candidate", "serving", "source", "classes")
+        )
+        g = self.config.gate
+        verdict = gate.judge(candidate, serving, source, None, g.alpha, classes, g.max_class_drop)
+        self.operation.metrics.adaptations.labels(SCALES, verdict.outcome).inc()
+        self._note(usable=verdict.outcome != "rejected")
+        replaced = {}
+        for number, version in versions.items():
+            own = heard.get(number)
+            if (
+                verdict.outcome == "accepted"
+                and own is not None
+                and _gains(own)
+                and number in self.library.regimes
+            ):
+                self.store.amend(version, verdict={**verdict.fields(), "of_regimes": len(every)})
+                accuracy = sum(own.candidate) / len(own.candidate)
+                self.library.update(number, version=version, accuracy=accuracy)
+                replaced[number] = version
+            else:
+                self.store.discard(version)
+        self._record("rehearsed", regimes_served=replaced, **verdict.fields())
+
+
+def _gains(own: _Hearing) -> bool:
+    """Whether a regime's own labels do not speak against its candidate."""
+    return not gate.behind(own.candidate, own.serving) and sum(own.candidate) >= sum(own.source)
