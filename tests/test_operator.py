@@ -1,5 +1,6 @@
 """The operator's hand, and the daemon's own second thoughts, on a live shift."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -232,3 +233,45 @@ def test_labels_can_speak_against_relief(
     assert now["state"] == "drifted"
     assert len(events_named("relieved", daemon)) == relieved
     assert status(daemon)["version"] == 0
+
+
+def test_regimes_rehearse_between_shifts(start_daemon: Callable[..., DaemonProcess], noisy: tuple) -> None:
+    """After two regimes the daemon rehearses by itself; what is proven better is served when a regime returns."""
+    settings = {"adapt.label_free": "immediate", "monitor.window": 128, "adapt.labels": 5000}
+    daemon = start_daemon(**settings)
+    x, y = digits("stream", 1500, seed=24)
+    blurred = corrupt(x, "blur", 4), y
+    traffic = Traffic(daemon, *noisy, label_every=2)
+    traffic.start()
+
+    def accept(images: tuple) -> None:
+        traffic.show(*images)
+        until(lambda: events_named("relieved", daemon), "relief", 120)
+        seen = status(daemon)["samples"]
+        until(lambda: status(daemon)["samples"] > seen + 300, "labels of it", 60)
+        with daemon.client() as client:
+            client.call(Accept())
+
+    try:
+        accept(noisy)
+        known = status(daemon)["regime"]
+        traffic.show(*digits("stream", 600, seed=23))
+        until(lambda: status(daemon)["regime"] == 0, "home", 60)
+        accept(blurred)
+        found = until(lambda: events_named("rehearsed", daemon), "the end of the rehearsal", 180)[0]
+        versions = found["regimes_served"]
+        traffic.show(*noisy)
+        if str(known) in versions:
+            until(lambda: status(daemon)["version"] == versions[str(known)], "what was rehearsed", 60)
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGKILL)
+        daemon.process.wait()
+        daemon.start()
+        regimes = until(lambda: status(daemon), "the daemon again")["regimes"]
+    finally:
+        traffic.stop()
+
+    assert found["n_labels"] >= 16
+    assert not versions or found["outcome"] != "rejected"
+    assert set(versions.values()) <= {r["version"] for r in regimes}
+    assert (daemon.folder / "state" / "rehearsed.safetensors").exists()

@@ -43,6 +43,8 @@ Json = dict[str, Any]
 
 def condensed(found: Json) -> Json:
     """A run without its thousands of segments: errors in % by part, visit and corruption."""
+    if "segments" not in found:  # from results that were kept
+        return found
     segments = found["segments"]
 
     def error(key: str, **where: Any) -> float | None:
@@ -50,7 +52,7 @@ def condensed(found: Json) -> Json:
         n = sum(s["images"] for s in own)
         return round(100 * sum(s[key] for s in own) / n, 2) if n and key in own[0] else None
 
-    kept = {k: found[k] for k in ("method", "seed", "visits", "delay", "wrong", "cpu_s")}
+    kept = {k: found[k] for k in ("key", "method", "seed", "visits", "delay", "wrong", "cpu_s")}
     last = max(s["visit"] for s in segments)
     kept["parts"] = {part: error("errors", part=part) for part in PARTS}
     kept["by_visit"] = [error("errors", visit=v) for v in range(1, last + 1)]

@@ -24,10 +24,10 @@ def patient_of(model: nn.Module) -> Patient:
 
 
 def test_unlabelled_images_alone_cure_noise(digits_model: nn.Module) -> None:
-    """From 512 noisy images without labels the first block is tuned; beyond it only normalisation changes."""
+    """From 1,000 noisy images without labels the first block is tuned; beyond it only normalisation changes."""
     patient = patient_of(digits_model)
     anatomy, source = anatomy_of(digits_model), patient.state()
-    window = patient.images(corrupt(digits("stream", 512, seed=5)[0], "noise", 4))
+    window = patient.images(corrupt(digits("stream", MIN_TUNED, seed=5)[0], "noise", 4))
     x, y = digits("stream", 600, seed=6)
     images, classes = patient.images(corrupt(x, "noise", 4)), torch.from_numpy(y)
     before = patient.accuracy(images, classes)
@@ -47,7 +47,7 @@ def test_unlabelled_images_alone_cure_noise(digits_model: nn.Module) -> None:
 
 
 def test_few_images_re_estimate_normalisation_only(digits_model: nn.Module) -> None:
-    """With fewer than 256 images no parameter is tuned, whatever block suits."""
+    """With fewer than 1,000 images no parameter is tuned, whatever block suits."""
     patient = patient_of(digits_model)
     anatomy, source = anatomy_of(digits_model), patient.state()
     window = patient.images(corrupt(digits("stream", MIN_TUNED - 1, seed=5)[0], "noise", 4))
@@ -66,7 +66,7 @@ def test_the_same_images_give_the_same_relief(digits_model: nn.Module) -> None:
     for _ in range(2):
         patient = patient_of(digits_model)
         anatomy, source = anatomy_of(digits_model), patient.state()
-        window = patient.images(corrupt(digits("stream", 256, seed=5)[0], "noise", 4))
+        window = patient.images(corrupt(digits("stream", MIN_TUNED, seed=5)[0], "noise", 4))
         starts = starts_of(patient, source, anatomy, window, {}, {}, lambda *_: None)
         short = replace(SETTINGS, augment=())
         states.append(relieve(patient, starts, anatomy, window, "block1", short, lambda *_: None).state)

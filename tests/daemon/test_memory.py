@@ -77,6 +77,26 @@ def test_a_label_never_changes_sides(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_late_label_finds_its_regime(tmp_path: Path) -> None:
+    """Labels belong to the regime their place in the stream was told to be of, also those that come afterwards."""
+    buffer = LabelBuffer(tmp_path / "l.sqlite", 5000, 0.6, (4, 4, 3))
+    buffer.add([labelled(i) for i in range(30)])
+    buffer.attribute(3, 10, 40)
+    buffer.attribute(4, 40, 50)
+    buffer.add([labelled(i) for i in range(30, 60)])
+
+    def places(regime: int) -> list[int]:
+        return sorted(r.sequence for fit in (True, False) for r in buffer.of_regime(regime, fit))
+
+    assert places(3) == list(range(10, 40))
+    assert places(4) == list(range(40, 50))
+    assert all(fits(r.prediction_id, 0.6) for r in buffer.of_regime(3, fit=True))
+    buffer.forget_regime(3)
+    assert places(3) == []
+    assert len(buffer) == 60
+    buffer.close()
+
+
 def test_the_buffer_keeps_the_newest(tmp_path: Path) -> None:
     """Beyond its capacity the buffer drops the oldest labels; a corrected label replaces the first."""
     buffer = LabelBuffer(tmp_path / "l.sqlite", 50, 0.6, (4, 4, 3))
@@ -223,3 +243,40 @@ def test_a_version_may_serve_another_regime_as_well(tmp_path: Path) -> None:
 
     assert second.number != first.number
     assert [r.version for r in library.regimes.values()] == [0, 1, 1]
+
+
+def test_images_of_a_regime_are_kept_and_go_with_it(tmp_path: Path) -> None:
+    """As many images stay as are allowed, old and new; a forgotten regime has no file, home never has."""
+    rng = np.random.default_rng(0)
+    print_ = fingerprint(rng.normal(size=(400, 6)).astype(np.float32), np.zeros(400, np.int64))
+    library = Library(tmp_path, print_, 0.9, 4, n_images=50)
+    number = library.add(1, "input", 0.8, print_, 0).number
+    for shade in (1, 2):
+        library.keep_images(number, np.full((40, 4, 4, 3), shade, np.uint8))
+    library.keep_images(HOME, np.full((40, 4, 4, 3), 9, np.uint8))
+
+    kept = Library(tmp_path, print_, 0.9, 4, n_images=50).images(number)
+    assert kept is not None
+    assert len(kept) == 50
+    assert set(np.unique(kept)) == {1, 2}
+    assert library.regimes[number].n_images == 80
+    assert library.images(HOME) is None
+    library.forget(number)
+    assert not library.images_path(number).exists()
+
+
+def test_damaged_images_are_begun_anew(tmp_path: Path) -> None:
+    """A truncated file of images costs the images in it and nothing else."""
+    rng = np.random.default_rng(0)
+    print_ = fingerprint(rng.normal(size=(400, 6)).astype(np.float32), np.zeros(400, np.int64))
+    library = Library(tmp_path, print_, 0.9, 4, n_images=50)
+    number = library.add(1, "input", 0.8, print_, 0).number
+    library.keep_images(number, np.ones((40, 4, 4, 3), np.uint8))
+    path = library.images_path(number)
+    path.write_bytes(path.read_bytes()[:20])
+
+    assert library.images(number) is None
+    library.keep_images(number, np.ones((30, 4, 4, 3), np.uint8))
+    kept = library.images(number)
+    assert kept is not None
+    assert len(kept) == 30

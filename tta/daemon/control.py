@@ -13,6 +13,7 @@ from tta.bundle import Manifest
 from tta.config import Config
 from tta.daemon.asking import rank
 from tta.daemon.cycle import State
+from tta.daemon.hand import Hand
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger
 from tta.daemon.links import ServerLink
@@ -47,6 +48,9 @@ class Control:
     log: Logger
     asked: dict[int, None] = field(default_factory=dict)  # predictions named by `ask`, oldest first
 
+    def __post_init__(self) -> None:
+        self.hand = Hand(self.treatment)
+
     def handle(self, frames: list[bytes], respond: Callable[[Reply], None]) -> None:
         """Answer one request, at once or when the server has swapped; errors become codes."""
         request_id = protocol.request_id(frames)
@@ -80,7 +84,6 @@ class Control:
         )
 
     def _answer(self, request: protocol.ControlRequest, frames: list[bytes]) -> Reply:
-        treatment = self.treatment
         match request:
             case protocol.Label():
                 return {"outcomes": self._label(request, frames)}
@@ -89,17 +92,17 @@ class Control:
             case protocol.Versions():
                 return {"versions": self._versions()}
             case protocol.Pause():
-                treatment.pause()
+                self.hand.pause()
                 return {"paused": True}
             case protocol.Resume():
-                treatment.resume()
+                self.hand.resume()
                 return {"paused": False}
             case protocol.Adapt():
-                return {"labels": treatment.adapt_now()}
+                return {"labels": self.hand.adapt_now()}
             case protocol.Approve():
-                return {"version": treatment.approve()}
+                return {"version": self.hand.approve()}
             case protocol.Accept():
-                return {"regime": treatment.accept()}
+                return {"regime": self.hand.accept()}
             case protocol.Ask():
                 return {"predictions": self._ask(request.n)}
             case protocol.Metadata():
@@ -220,7 +223,7 @@ class Control:
             else:
                 answer({"version": version})
 
-        treatment.serve(version, reason, then)
+        self.hand.serve(version, reason, then)
 
     def _versions(self) -> list[Reply]:
         store, case = self.store, self.treatment.case

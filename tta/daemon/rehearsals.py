@@ -3,7 +3,8 @@
 A rehearsal (`tta.adapter.rehearsal`) makes one set of scales and shifts from the images and labels of all regimes,
 and of these a candidate for each of them. All candidates together are put before the gate, on labels that nothing
 was ever fitted to; then each regime whose own labels do not speak against it is served by its candidate when it
-returns. What was learned is also a start for the next operation.
+returns. Where `adapt.label_free: immediate` lets versions serve that labels have not proven, it is enough that the
+candidates are right more often. What was learned is also a start for the next operation.
 """
 
 import json
@@ -25,7 +26,7 @@ from tta.versions import SOURCE
 MIN_REGIMES = 2
 MIN_IMAGES = 64  # of a regime, to take part
 MIN_GATE_LABELS = 8  # of a regime, for its version to be replaced
-GROWTH = 2  # times the images seen at the last rehearsal, and it is time for the next
+GROWTH = 1.5  # times the images seen at the last rehearsal, and it is time for the next
 
 
 @dataclass
@@ -142,21 +143,24 @@ class Rehearsals:
         verdict = gate.judge(candidate, serving, source, None, g.alpha, classes, g.max_class_drop)
         self.operation.metrics.adaptations.labels(SCALES, verdict.outcome).inc()
         self._note(usable=verdict.outcome != "rejected")
-        replaced = {}
+        sought = ("accepted", "undecided") if self.config.adapt.label_free != "off" else ("accepted",)
+        replaced: dict[str, int] = {}
         for number, version in versions.items():
             own = heard.get(number)
             if (
-                verdict.outcome == "accepted"
-                and own is not None
-                and _gains(own)
-                and number in self.library.regimes
+                own is None
+                or number not in self.library.regimes
+                or verdict.outcome not in sought
+                or not _gains(own)
             ):
-                self.store.amend(version, verdict={**verdict.fields(), "of_regimes": len(every)})
-                accuracy = sum(own.candidate) / len(own.candidate)
-                self.library.update(number, version=version, accuracy=accuracy)
-                replaced[number] = version
-            else:
                 self.store.discard(version)
+                continue
+            self.store.amend(
+                version, verdict={**verdict.fields(), "outcome": "accepted", "of_regimes": len(every)}
+            )
+            accuracy = sum(own.candidate) / len(own.candidate)
+            self.library.update(number, version=version, accuracy=accuracy)
+            replaced[str(number)] = version
         self._record("rehearsed", regimes_served=replaced, **verdict.fields())
 
 

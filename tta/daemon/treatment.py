@@ -6,14 +6,14 @@ counted and saved.
 
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import Any
 
 import numpy.typing as npt
 
 from tta.config import Config
 from tta.daemon import gate
+from tta.daemon.case import NEW, Case
 from tta.daemon.cycle import Cycle, Event, State
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger, stack_inputs
@@ -25,7 +25,7 @@ from tta.daemon.processes import Logger
 from tta.daemon.rehearsals import Rehearsals
 from tta.daemon.store import Store
 from tta.daemon.watch import Finding, Watch
-from tta.errors import NotFoundError, PreconditionError
+from tta.errors import NotFoundError
 from tta.monitor.accuracy import PairedTest, binomial_tail
 from tta.monitor.diagnosis import Diagnosis
 from tta.monitor.regimes import LOOKS, WINDOW, Fingerprint
@@ -37,10 +37,8 @@ RECALL_LABELS = 8  # labels for a first attempt to recognise an output-level reg
 RECALL_CANDIDATES = 4  # regimes tried by labels, the last used first
 RECALL_MARGIN = 0.1  # a regime's cure must come this near its accuracy to be recognised by labels
 ACCURACY_WINDOW = 100  # labels in the accuracy gauges
-MIN_ADAPT_LABELS = 16
 MIN_OUTCOMES = 16  # labelled predictions under which nothing can be said of the errors
 WARM_STARTS = 2  # cured regimes most like the present one, from which an operation may also start
-NEW = -1
 NEVER = 1 << 40  # images
 MOVES, MOVES_WITHIN = 3, 1024  # times that unknown traffic may move on, within so many samples
 RELIEF = "relief"  # why a version made without labels serves
@@ -49,71 +47,6 @@ MORE = 2  # times as many, and it is made again
 MAX_CLASS_RUN = 3.0  # classes that come in longer runs would spoil the estimate
 JUDGED_SAMPLES = 256  # after which a shift is taken for harmless unless it looks harmful
 SUSPICION_SAMPLES = 48  # to find out where the traffic of a cured regime went before it is an alarm
-
-
-@dataclass
-class Case:
-    """Everything about the present regime and shift that must survive a restart.
-
-    Attributes:
-        serving: version in service.
-        previous: version before it, for rollback.
-        regime: number of the regime the traffic is taken to be in.
-        previous_regime: the one before.
-        onset: sequence number at which the present shift began.
-        cause: what raised the alarm: "charts", "labels", "operator", or "" without a shift.
-        wanted: labels since the onset before the next adaptation.
-        forced: the operator wants an adaptation whatever the errors say.
-        kind: of the present shift, once diagnosed.
-        proposal: accepted version that waits for approval; 0 for none.
-        accuracy: of the newest version on the gate's labels.
-        since: sequence number at which the serving version came into service.
-        paused: nothing may be changed.
-        swap_to: version the server has been asked to serve and has not confirmed; -1 for none.
-        swap_regime: regime that version is for.
-        swap_reason: "promotion", "relief", "recall" or "rollback".
-        target: number of the recalled regime that is on probation; -1 for a new one.
-        actionable: whether the present shift is a reason to act; None while that is not known.
-        keys: sources the present shift concerns; empty for all.
-        accepted: the operator has taken the present shift for normal.
-        proven: version that served before one made without labels took its place; -1 if none has.
-        relief: images the last version made without labels was made from.
-        attributed: place in the stream before which all traffic has been told to be of some regime.
-        looks: how often the present shift's labels have been put to a test; each look spends half of the
-            alpha that is left, so that all together spend no more than `gate.alpha`.
-    """
-
-    serving: int = SOURCE
-    previous: int = SOURCE
-    regime: int = HOME
-    previous_regime: int = HOME
-    onset: int = 0
-    cause: str = ""
-    wanted: int = 0
-    forced: bool = False
-    kind: str = ""
-    proposal: int = 0
-    accuracy: float = 0.0
-    since: int = 0
-    paused: bool = False
-    swap_to: int = -1
-    swap_regime: int = HOME
-    swap_reason: str = ""
-    target: int = NEW
-    accepted: bool = False
-    attributed: int = 0
-    looks: int = 0
-    proven: int = -1
-    relief: int = 0
-    actionable: bool | None = None
-    keys: tuple[str, ...] = ()
-
-    @classmethod
-    def load(cls, saved: dict[str, Any]) -> "Case":
-        """From `state.json`; unknown fields are left out."""
-        names = {f.name for f in fields(cls)}
-        known = {k: v for k, v in saved.items() if k in names}
-        return cls(**{**known, "keys": tuple(known.get("keys", ()))})
 
 
 class Treatment:
@@ -189,7 +122,7 @@ class Treatment:
             self.case.regime = HOME
         if state is State.PROBATION:
             self._probation_from = time.monotonic()
-        self._unfinished = self.case.swap_to >= 0
+        self._unfinished = self.case.swap_to is not None
         self.watch.enter(self.regime, self.sequence)
         if state in (State.DRIFTED, State.ADAPTING):
             self.watch.look_from(self.case.onset)
@@ -325,7 +258,7 @@ class Treatment:
         self.case.cause, self.case.onset, self.case.kind = cause, onset, ""
         self.case.wanted, self.case.forced, self.case.proposal = self.config.adapt.labels, False, 0
         self.case.looks, self.case.actionable, self.case.keys, self.case.accepted = 0, None, (), False
-        self.case.proven, self.case.relief = -1, 0
+        self.case.proven, self.case.relief = None, 0
         self.diagnosis = None
         self._recall_at = RECALL_LABELS
         self._suspicion = None
@@ -428,7 +361,7 @@ class Treatment:
             return
         self._moves.append(onset)
         self._remember_relief(onset)
-        proven = self.case.proven if self._relieved() else -1
+        proven = self.case.proven if self._relieved() else None
         if self.happen(Event.MOVED_ON, onset=onset):
             self._open_case("charts", onset)
             self.case.proven = proven
@@ -544,7 +477,8 @@ class Treatment:
 
     def _rival(self) -> int:
         """The version that live labels compare the serving one with."""
-        return self.case.proven if self._relieved() else self.case.previous
+        proven = self.case.proven
+        return proven if proven is not None and self._relieved() else self.case.previous
 
     # -- time -------------------------------------------------------------------------------------------
 
@@ -552,7 +486,8 @@ class Treatment:
         """Whatever depends on counts and time rather than on a message."""
         if self._unfinished and self.server.process.ready:
             self._unfinished = False
-            self._change(self.case.swap_to, self.case.swap_regime, self.case.swap_reason)
+            if self.case.swap_to is not None:
+                self._change(self.case.swap_to, self.case.swap_regime, self.case.swap_reason)
         if self.swapping:
             return
         self.weigh()
@@ -598,7 +533,7 @@ class Treatment:
         self.diagnosis = self.watch.diagnose(errors_up and self.case.cause != "charts")
         self.case.kind = self.diagnosis.kind
         evidence = {"labels": have, "errors": wrong, "p_val": round(p_val, 6), **asdict(self.diagnosis)}
-        if not errors_up and not self.case.forced and self.case.proven < 0:
+        if not errors_up and not self.case.forced and self.case.proven is None:
             if self.case.cause != "charts" or not self.watch.knows_shift():
                 self.happen(Event.QUIET, **evidence)
             elif self.acting:
@@ -661,7 +596,7 @@ class Treatment:
             if r.version != self.case.serving
         }
         proven = self.case.serving
-        if self.case.proven >= 0:
+        if self.case.proven is not None:
             near["relief"], proven = proven, self.case.proven
         relief = suited if self.config.adapt.label_free != "off" and self.case.kind == "input" else ""
         self.operation.start(self.case.onset, proven, near, suited, relief, self.next_alpha(), self._concluded)
@@ -710,7 +645,7 @@ class Treatment:
         self.operation.relieve(window, case.serving, suited, done)
 
     def _relieve(self) -> None:
-        if self.case.proven < 0:
+        if self.case.proven is None:
             self.case.proven = self.case.serving
         self._change(self.case.proposal, self.case.regime, RELIEF)
 
@@ -723,7 +658,7 @@ class Treatment:
     def _relieved(self) -> bool:
         """Whether what serves was made without labels and nothing has judged it yet."""
         case, deciding = self.case, self.cycle.state in (State.DRIFTED, State.ADAPTING)
-        return deciding and case.proven >= 0 and case.serving not in (SOURCE, case.proven)
+        return deciding and case.proven is not None and case.serving not in (SOURCE, case.proven)
 
     def next_alpha(self) -> float:
         """What the next look at this shift's labels may spend: alpha/2, alpha/4, ... of `gate.alpha`."""
@@ -753,20 +688,6 @@ class Treatment:
             self.case.onset, self.case.wanted = self.sequence, self.config.adapt.labels
         self.happen(Event.NOT_ACCEPTED, wanted=self.case.wanted, **conclusion.evidence)
 
-    def approve(self) -> int:
-        """Promote the proposal.
-
-        Raises:
-            PreconditionError: there is none.
-        """
-        version = self.case.proposal
-        if not version or self.cycle.state is not State.DRIFTED:
-            raise PreconditionError("no candidate waits for approval")
-        self._refuse_while_swapping()
-        self.case.target = NEW
-        self.happen(Event.ACCEPTED, candidate=version, approved=True)
-        return version
-
     def _swap(self) -> None:
         self._change(self.case.proposal, self.case.regime, "promotion")
 
@@ -791,9 +712,9 @@ class Treatment:
 
         def then(reply: dict[str, Any]) -> None:
             if "error" in reply:
-                self.case.swap_to = -1
+                self.case.swap_to = None
                 if self.case.proven == self.case.serving:  # it was relief that was refused
-                    self.case.proven = -1
+                    self.case.proven = None
                 self.metrics.swaps.labels(reason, "refused").inc()
                 self.library.forget(self.case.target)
                 self.record("swap_refused", refused=version, reason=reason, error=reply["error"])
@@ -817,7 +738,7 @@ class Treatment:
     def _served(self, version: int, regime: int, reason: str) -> None:
         """`version` answers from now on."""
         case = self.case
-        case.swap_to = -1
+        case.swap_to = None
         if version == case.serving:
             case.previous, case.previous_regime = version, case.regime  # nothing to compare with
         else:
@@ -826,7 +747,7 @@ class Treatment:
             case.previous_regime = HOME if reason == "rollback" else case.regime
         case.serving, case.regime, case.since = version, regime, self.sequence
         if reason != RELIEF:
-            case.proven = -1
+            case.proven = None
         self._paired = PairedTest(self.config.gate.rollback_alpha)
         self._probation_from = time.monotonic()
         for right in self._right.values():
@@ -839,14 +760,16 @@ class Treatment:
         self.save()
 
     def _roll_back(self) -> None:
-        if self.case.target not in (NEW, HOME):
+        case, proven = self.case, self.case.proven if self._relieved() else None
+        if case.target == case.previous_regime:  # a rehearsed version of the regime that was served anyway
+            self.library.update(case.target, version=case.previous)
+        elif case.target not in (NEW, HOME):
             # It may still be right for the regime it was made for: this traffic only looked like that one.
-            self.watch.excluded.add(self.case.target)
-        relieved, case = self._relieved(), self.case
+            self.watch.excluded.add(case.target)
         case.kind, case.target = "", NEW
-        if relieved:
+        if proven is not None:
             case.relief = NEVER  # labels have spoken against it
-            self._change(case.proven, case.regime, "rollback")
+            self._change(proven, case.regime, "rollback")
         else:
             self._change(case.previous, case.previous_regime, "rollback")
 
@@ -876,7 +799,7 @@ class Treatment:
         """A shift that costs no accuracy, or one the operator accepts: the version stays, the regime is new."""
         accuracy = self._measured_accuracy()
         # What was let pass must not raise the bar for what would be noticed.
-        if not self.case.accepted and self.case.proven < 0:
+        if not self.case.accepted and self.case.proven is None:
             accuracy = max(accuracy, self.regime.accuracy - self.config.monitor.error_tolerance)
         found = None if self.case.cause == "labels" else self.watch.fingerprint()
         self._add_regime(self.case.kind, accuracy, found, self.sequence, self.case.keys, another=True)
@@ -894,7 +817,7 @@ class Treatment:
 
     def reconcile(self, version: int) -> None:
         """The server says what it serves; if that is not what we believe, make it so, or believe it."""
-        if version == self.case.serving or self.server.swapping or self.case.swap_to >= 0:
+        if version == self.case.serving or self.server.swapping or self.case.swap_to is not None:
             return
         self.record("server_version_differs", server=version)
 
@@ -912,118 +835,35 @@ class Treatment:
             return
         self.server.swap(self.case.serving, folder, then)
 
-    # -- the operator's hand ---------------------------------------------------------------------------
-
-    def serve(self, version: int, reason: str, then: Callable[[dict[str, Any]], None]) -> None:
-        """Serve a version by hand (rollback, reset); the cycle starts anew from stable.
-
-        The version that is left stays in the store, but no regime recalls it any more.
-
-        Raises:
-            NotFoundError: there is no such version.
-            PreconditionError: it was never accepted.
-        """
-        self._refuse_while_swapping()
-        folder = self.store.folder(version)
-        if not self.store.accepted(version):
-            raise PreconditionError(f"version {version} was not accepted by the gate")
+    def begin_anew(self, version: int, reason: str) -> None:
+        """The operator has put a version into service: stable from here, in the regime it was made for."""
         regimes = [r.number for r in self.library.regimes.values() if r.version == version]
         left = [r.number for r in self.library.regimes.values() if r.version == self.case.serving]
+        self.happen(Event.OPERATOR, reason=reason)
+        self.case.attributed = self.sequence
+        self._served(version, regimes[0] if regimes else HOME, reason)
+        for number in left:  # what the operator leaves is not recalled behind his back
+            self.library.forget(number)
+        self._watch()
+        self.save()
 
-        def done(reply: dict[str, Any]) -> None:
-            if "error" in reply:
-                self.metrics.swaps.labels(reason, "refused").inc()
-                then(reply)
-                return
-            self.metrics.swaps.labels(reason, "ok").inc()
-            self.happen(Event.OPERATOR, reason=reason)
-            self.case.attributed = self.sequence
-            self._served(version, regimes[0] if regimes else HOME, reason)
-            for number in left:  # what the operator leaves is not recalled behind his back
-                self.library.forget(number)
-            self._watch()
-            self.save()
-            then(reply)
+    def open_by_hand(self, onset: int) -> None:
+        """The operator says that there is a shift."""
+        self._open_case("operator", onset)
+        self.metrics.alarms.labels("operator").inc()
+        self.happen(Event.ALARM, cause="operator", onset=onset)
 
-        if self.cycle.state is State.ADAPTING:
-            self.operation.cancel()
-            self.happen(Event.NOT_ACCEPTED, error=f"{reason} by the operator")
-        self.server.swap(version, folder, done)
-
-    def pause(self) -> None:
-        """Decide nothing until `resume`; an adaptation under way is cancelled and starts again after it."""
-        self.case.paused = True
+    def give_up_adapting(self, why: str) -> None:
+        """End an adaptation or rehearsal under way; labels wanted stay as they are."""
         if self.operation.rehearsing:
             self.operation.cancel()
         if self.cycle.state is State.ADAPTING:
             self.operation.cancel()
             wanted = self.case.wanted
-            self.happen(Event.NOT_ACCEPTED, error="paused by the operator")
+            self.happen(Event.NOT_ACCEPTED, error=why)
             self.case.wanted = wanted
-        self.record("paused")
-        self.save()
-
-    def resume(self) -> None:
-        """Decide again after `pause`."""
-        self.case.paused = False
-        self.record("resumed")
-        self.save()
-
-    def accept(self) -> int:
-        """Take the present shift for normal: what serves goes on, and is compared with the shift from now on.
-
-        Returns:
-            Number of the new regime.
-
-        Raises:
-            PreconditionError: there is no shift, or too little has been seen of it to know it again.
-        """
-        if self.cycle.state is not State.DRIFTED:
-            raise PreconditionError(f"there is no shift to accept: the cycle is {self.cycle.state}")
-        self._refuse_while_swapping()
-        if self.case.cause != "labels" and not self.watch.knows_shift():
-            seen = self.watch.n_since()
-            raise PreconditionError(f"only {seen} samples of the shift have been seen: try again a little later")
-        self.case.accepted = True
-        self.case.kind = self.case.kind or ("output" if self.case.cause == "labels" else "")
-        self.happen(Event.HARMLESS, by="operator", kind=self.case.kind)
-        return self.case.regime
 
     @property
     def swapping(self) -> bool:
         """Whether a swap is under way, asked for by the cycle, the operator or `reconcile`."""
-        return self.server.swapping or self.case.swap_to >= 0
-
-    def _refuse_while_swapping(self) -> None:
-        if self.swapping:
-            raise PreconditionError("a swap is under way: try again in a moment")
-
-    def adapt_now(self) -> int:
-        """Adapt with the labels there are.
-
-        Returns:
-            How many labels that is.
-
-        Raises:
-            PreconditionError: paused or off, too few labels, a proposal waits, or an adaptation is under way.
-        """
-        if not self.acting:
-            raise PreconditionError("paused, or mode: off: nothing may be changed (see `tta resume`)")
-        if self.case.proposal:
-            raise PreconditionError(f"version {self.case.proposal} waits already: `tta approve` or `tta reset`")
-        self._refuse_while_swapping()
-        if self.cycle.state not in (State.STABLE, State.DRIFTED):
-            raise PreconditionError(f"the cycle is in {self.cycle.state}: wait until it is stable or drifted")
-        onset = self.case.onset if self.cycle.state is State.DRIFTED else self.case.since
-        have = self.labels.count(onset)
-        if have < MIN_ADAPT_LABELS:
-            raise PreconditionError(
-                f"{have} labels with images since sequence {onset}: at least {MIN_ADAPT_LABELS} are needed"
-            )
-        if self.cycle.state is State.STABLE:
-            self._open_case("operator", onset)
-            self.metrics.alarms.labels("operator").inc()
-            self.happen(Event.ALARM, cause="operator", onset=onset)
-        self.case.wanted, self.case.forced = have, True
-        self.save()
-        return have
+        return self.server.swapping or self.case.swap_to is not None
