@@ -42,14 +42,12 @@ class Control:
     ledger: Ledger
     metrics: Metrics
     treatment: Treatment
+    hand: Hand
     server: ServerLink
     processes: tuple[Process, ...]
     ready: Callable[[], bool]
     log: Logger
     asked: dict[int, None] = field(default_factory=dict)  # predictions named by `ask`, oldest first
-
-    def __post_init__(self) -> None:
-        self.hand = Hand(self.treatment)
 
     def handle(self, frames: list[bytes], respond: Callable[[Reply], None]) -> None:
         """Answer one request, at once or when the server has swapped; errors become codes."""

@@ -19,6 +19,7 @@ from tta.bundle import load_bundle, source_is_importable
 from tta.config import Config
 from tta.daemon.calibrations import Calibrations
 from tta.daemon.control import Control, Reply
+from tta.daemon.hand import Hand
 from tta.daemon.http import HttpServer
 from tta.daemon.labels import LabelBuffer
 from tta.daemon.ledger import Entry, Ledger
@@ -148,6 +149,7 @@ class Daemon:
             self.ledger,
             self.metrics,
             self.treatment,
+            Hand(self.treatment),
             self.server,
             self.processes,
             self.ready,

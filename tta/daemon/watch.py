@@ -28,6 +28,7 @@ from tta.monitor.stickiness import REPEATS, SEGMENT, Stickiness, measure
 CHECK_EVERY = 4  # samples between two looks at which regime this is
 MIN_PRINTED = 256  # samples that make a fingerprint to be kept
 MIN_SHAPE = 64  # samples that make one to see whether the traffic is still the same
+UNSURE = 48  # samples after the estimated onset that may be of before
 MOVED = 16  # samples that are compared with it
 MOVED_LOOKS = 2  # in a row that must find them elsewhere
 CHANGES, CHANGES_WITHIN = 3, 256  # changes of regime in so many samples make a mixture
@@ -287,7 +288,7 @@ class Watch:
 
     def knows_shift(self) -> bool:
         """Whether enough samples have been seen since the last `look_from` for a fingerprint."""
-        return self.n_since() >= min(self.config.window, MIN_PRINTED)
+        return self.n_since() >= self._printed + self._unsure
 
     def fingerprint(self, until: int | None = None) -> Fingerprint | None:
         """Of the samples since the last `look_from`; None until there are enough.
@@ -298,9 +299,19 @@ class Watch:
         found = self._since_look(self.monitor.history.capacity)
         if until is not None:
             found = found[slice(0, int(np.searchsorted(found.sequences, until)))]
-        found = found[-self.config.window :]
-        enough = min(self.config.window, MIN_PRINTED)
-        return fingerprint(found.w, found.predictions) if len(found) >= enough else None
+        # A few samples of the traffic before would widen the print in just the direction that tells the two apart.
+        found = found[min(self._unsure, max(0, len(found) - self._printed)) :][-self.config.window :]
+        return fingerprint(found.w, found.predictions) if len(found) >= self._printed else None
+
+    @property
+    def _printed(self) -> int:
+        """Samples that make a fingerprint."""
+        return min(self.config.window, MIN_PRINTED)
+
+    @property
+    def _unsure(self) -> int:
+        """Samples after the estimated onset that are left out of it."""
+        return min(UNSURE, self._printed // 4)
 
     def moved_on(self) -> int | None:
         """Has the traffic left the shift that began at the last `look_from` for another?
