@@ -40,7 +40,7 @@ def test_two_regimes_learn_from_one_another(digits_model: nn.Module) -> None:
     before = np.mean([accuracy(patient, source, name) for name in memories])
     patient.load(source)
 
-    learned = rehearse(patient, memories, ("crop",), 0, lambda *_: None)
+    learned = rehearse(patient, memories, ("crop",), 32, 600.0, 0, lambda *_: None)
 
     assert set(learned) == set(scales_and_shifts(patient.model))
     same = {n: t for n, t in patient.state().items() if n not in learned}
@@ -51,7 +51,7 @@ def test_two_regimes_learn_from_one_another(digits_model: nn.Module) -> None:
 def test_a_rehearsal_is_reproducible(digits_model: nn.Module) -> None:
     """The same memories and seed give bit-identical weights."""
     memories = {name: memory(name, 53, n_labels=0) for name in ("noise", "blur")}
-    found = [rehearse(patient_of(digits_model), memories, (), 3, lambda *_: None) for _ in range(2)]
+    found = [rehearse(patient_of(digits_model), memories, (), 32, 600.0, 3, lambda *_: None) for _ in range(2)]
 
     assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
 
@@ -61,14 +61,18 @@ def test_nothing_to_rehearse_is_said() -> None:
     plain = Patient(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), "1", (0.0,) * 3, (1.0,) * 3, "cpu")
     images = np.zeros((4, 2, 2, 3), np.uint8)
     with pytest.raises(AdaptationError, match="nothing to rehearse"):
-        rehearse(plain, {"1": Memory(images, images[:0], np.zeros(0, np.int64))}, (), 0, lambda *_: None)
+        rehearse(
+            plain, {"1": Memory(images, images[:0], np.zeros(0, np.int64))}, (), 32, 600.0, 0, lambda *_: None
+        )
 
 
 def test_few_labels_do_not_spoil_what_many_have_made(digits_model: nn.Module) -> None:
     """Where the rehearsed start is right on all 16 labels, the race hands it over as it is."""
     patient = patient_of(digits_model)
     anatomy, source = anatomy_of(digits_model), patient.state()
-    learned = rehearse(patient, {n: memory(n, 55) for n in ("noise", "blur")}, ("crop",), 0, lambda *_: None)
+    learned = rehearse(
+        patient, {n: memory(n, 55) for n in ("noise", "blur")}, ("crop",), 32, 600.0, 0, lambda *_: None
+    )
     window = patient.images(corrupt(digits("stream", 256, seed=56)[0], "blur", 5))
     starts = starts_of(patient, source, anatomy, window, learned, {}, lambda *_: None)
     patient.load(starts[REHEARSED])
@@ -83,3 +87,13 @@ def test_few_labels_do_not_spoil_what_many_have_made(digits_model: nn.Module) ->
     assert found.start == REHEARSED
     assert found.block == ""
     assert all(torch.equal(t, starts[REHEARSED][n]) for n, t in found.state.items())
+
+
+def test_a_rehearsal_ends_in_time(digits_model: nn.Module) -> None:
+    """Without time no step is taken, and what comes of it are the scales and shifts it began with."""
+    patient = patient_of(digits_model)
+    source = patient.state()
+
+    learned = rehearse(patient, {"noise": memory("noise", 58)}, (), 32, 0.0, 0, lambda *_: None)
+
+    assert all(torch.equal(t, source[n]) for n, t in learned.items())

@@ -12,6 +12,7 @@ CIFAR-10, ResNet-20: see `bench/results/stream.md`.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from tta.errors import AdaptationError
 Array = npt.NDArray[Any]
 STEPS_A_REGIME = 10
 MAX_STEPS = 150  # more makes the entropy ever smaller and the errors more
-N_UNLABELLED, N_LABELLED = 96, 32  # images a step
+UNLABELLED_SHARE = 3  # unlabelled images a step, for each label
 LEARNING_RATE, MOMENTUM = 0.005, 0.9
 CONFIDENT = 0.4  # of the largest entropy: above it a prediction teaches nothing
 REDUNDANT = 0.4  # cosine to the average prediction from which on an image adds nothing
@@ -64,6 +65,8 @@ def rehearse(
     patient: Patient,
     memories: Mapping[str, Memory],
     augment: tuple[str, ...],
+    batch_size: int,
+    budget_s: float,
     seed: int,
     progress: Callable[[str, int, int], None],
 ) -> State:
@@ -73,6 +76,8 @@ def rehearse(
         patient: the network.
         memories: of each regime, by name; at least one.
         augment: changes of labelled images that keep their class.
+        batch_size: labels a step; unlabelled images are `UNLABELLED_SHARE` times as many.
+        budget_s: seconds after which no further step is taken.
         seed: of the order.
         progress: told (what, done, of).
 
@@ -89,6 +94,7 @@ def rehearse(
     rng = np.random.default_rng(seed)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     n_steps = min(MAX_STEPS, STEPS_A_REGIME * len(memories))
+    end = monotonic() + budget_s
     order: list[str] = []
     average: Tensor | None = None
     model.requires_grad_(False)
@@ -103,11 +109,13 @@ def rehearse(
             torch.manual_seed(seed)
             views = augmentation(augment, *next(iter(memories.values())).images.shape[1:3])
             for step in range(n_steps):
+                if monotonic() > end:
+                    break
                 progress("rehearsal", step, n_steps)
                 order = order or list(rng.permutation(list(memories)))
                 memory = memories[order.pop()]
-                unlabelled = patient.images(_some(memory.images, N_UNLABELLED, rng))
-                rows = rng.permutation(len(memory.y))[:N_LABELLED]
+                unlabelled = patient.images(_some(memory.images, UNLABELLED_SHARE * batch_size, rng))
+                rows = rng.permutation(len(memory.y))[:batch_size]
                 inputs = [unlabelled, views(patient.images(memory.x[rows]))] if len(rows) else [unlabelled]
                 logits = model(patient.normalise(torch.cat(inputs)))
                 loss, average = _reliable_entropy(logits[: len(unlabelled)], average)

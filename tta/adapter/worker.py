@@ -33,6 +33,7 @@ from tta.process import become_worker
 from tta.versions import load_version
 
 N_PROBE = 16
+STEPS_SHARE = 0.7  # of a rehearsal's time; the rest is for the statistics of each regime
 
 
 def resolve_device(device: str) -> str:
@@ -115,7 +116,15 @@ class Surgeon:
             memories[name] = Memory(images, x, y)
         patient.load(self.source)
         began = time.monotonic()
-        learned = rehearse(patient, memories, settings.augment, settings.seed, progress)
+        learned = rehearse(
+            patient,
+            memories,
+            settings.augment,
+            settings.batch_size,
+            settings.budget_s * STEPS_SHARE,
+            settings.seed,
+            progress,
+        )
         save_file(
             {n: np.ascontiguousarray(t.cpu().numpy()) for n, t in learned.items()},
             folder / "rehearsed.safetensors",

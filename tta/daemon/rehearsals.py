@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from tta.config import Config
 from tta.daemon import gate
@@ -21,6 +23,7 @@ from tta.daemon.library import HOME, Library, Regime
 from tta.daemon.links import Outputs, ShadowLink
 from tta.daemon.operation import SCALES, Operation, arrays_of
 from tta.daemon.store import Store, write_atomically
+from tta.errors import NotFoundError
 from tta.versions import SOURCE
 
 MIN_REGIMES = 2
@@ -70,15 +73,19 @@ class Rehearsals:
         try:
             notes = json.loads(self._notes.read_bytes())
             self._n_images = int(notes["n_images"])
-            usable = bool(notes["usable"])
-        except (OSError, ValueError, KeyError, TypeError):
+            usable = bool(notes["usable"] and load(self._weights.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             usable = False  # none yet, or damaged: the next one will write both files
-        self.operation.rehearsed = self._weights if usable and self._weights.exists() else None
+        self.operation.rehearsed = self._weights if usable else None
 
     def _taking_part(self) -> list[Regime]:
-        """Regimes known by their features: an output-level shift has labels that contradict the others'."""
-        every = self.library.regimes.values()
-        return [r for r in every if r.number != HOME and r.fingerprint is not None and r.n_images >= MIN_IMAGES]
+        """Regimes of all traffic, known by their features.
+
+        An output-level shift has labels that contradict the others', and of one camera's shift the images kept are
+        not only hers.
+        """
+        known = [r for r in self.library.regimes.values() if r.number != HOME and r.fingerprint is not None]
+        return [r for r in known if r.n_images >= MIN_IMAGES and not r.keys]
 
     def due(self) -> bool:
         """Whether enough has been seen since the last rehearsal, and none is under way."""
@@ -93,8 +100,8 @@ class Rehearsals:
         regimes, limit = self._taking_part(), self.config.adapt.max_labels
         seen = sum(r.n_images for r in regimes)
         fit = {r.number: arrays_of(self.labels.of_regime(r.number, fit=True, limit=limit)) for r in regimes}
-        images = {r.number: self.library.images_path(r.number) for r in regimes}
-        images = {n: path for n, path in images.items() if path.exists()}
+        sound = [r.number for r in regimes if self.library.images(r.number) is not None]
+        images = {number: self.library.images_path(number) for number in sound}
         self._record("rehearsal", regimes=sorted(images), labels=sum(len(y) for _, y in fit.values()))
 
         def done(versions: dict[int, int], learned: bytes) -> None:
@@ -120,7 +127,10 @@ class Rehearsals:
             x, y = arrays_of(self.labels.of_regime(number, fit=False, limit=self.config.adapt.max_labels))
             if regime is None or len(y) < MIN_GATE_LABELS:
                 continue
-            trio = [(v, self.store.folder(v)) for v in (versions[number], regime.version, SOURCE)]
+            try:
+                trio = [(v, self.store.folder(v)) for v in (versions[number], regime.version, SOURCE)]
+            except NotFoundError:  # somebody has cleared the store: what is left is judged
+                continue
 
             def then(outputs: Outputs | None, number: int = number, y: Any = y) -> None:
                 if outputs is not None:
