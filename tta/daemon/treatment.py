@@ -629,7 +629,8 @@ class Treatment:
         suited = found.block if found.kind == "input" else ""  # others want labels
 
         def done(version: int, carried: dict[str, float]) -> None:
-            still = self.cycle.state is State.DRIFTED and case.onset == onset and self.acting and not self.swapping
+            open_ = self.cycle.state is State.DRIFTED and case.onset == onset and case.relief != NEVER
+            still = open_ and self.acting and not self.swapping
             others = max(carried.get("serving", 0.0), carried.get("source", 0.0))
             if not version:
                 return
