@@ -62,7 +62,7 @@ class Patient:
 
     def has_batch_norm(self) -> bool:
         """Whether there are statistics to re-estimate."""
-        return any(_is_batch_norm(m) for m in self.model.modules())
+        return any(is_batch_norm(m) for m in self.model.modules())
 
     @torch.no_grad()
     def estimate_normalisation(
@@ -78,7 +78,7 @@ class Patient:
         norms: list[tuple[str, Any]] = [
             (name, m)
             for name, m in self.model.named_modules()
-            if _is_batch_norm(m) and (tensors is None or f"{name}.running_mean" in tensors)
+            if is_batch_norm(m) and (tensors is None or f"{name}.running_mean" in tensors)
         ]
         before = {name: (m.running_mean.clone(), m.running_var.clone()) for name, m in norms}
         momenta = [m.momentum for _, m in norms]
@@ -100,5 +100,6 @@ class Patient:
             m.running_var.lerp_(variance, 1 - share)
 
 
-def _is_batch_norm(module: nn.Module) -> Any:
+def is_batch_norm(module: nn.Module) -> Any:
+    """Whether a module normalises by running statistics."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats

@@ -140,7 +140,7 @@ class Race:
         self.progress("fit", len(plans), len(plans) + 1)
         self.patient.load(self.starts[self.start])
         last = self._with_window(winner, scores[self.start])
-        best = max((entry["accuracy"] for entry in rungs[-1][1]), default=1.0) if rungs else 1.0
+        best = max((entry["accuracy"] for entry in (rungs[-1][1] if rungs else ())), default=1.0)
         enough = self.settings.selection == "race" and self._is_enough(scores[self.start], best)
         if not enough:
             everything = torch.arange(len(self.labels), device=self.patient.device)

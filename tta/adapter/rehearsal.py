@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tta.adapter.patient import Patient, State
+from tta.adapter.patient import Patient, State, is_batch_norm
+from tta.adapter.surgery import unfrozen
 from tta.adapter.views import augmentation
 from tta.errors import AdaptationError
 
@@ -92,20 +93,16 @@ def rehearse(
         raise AdaptationError("nothing to rehearse: no regime with images, or no normalisation in the network")
     model, before = patient.model, patient.state()
     rng = np.random.default_rng(seed)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
     n_steps = min(MAX_STEPS, STEPS_A_REGIME * len(memories))
     end = monotonic() + budget_s
     order: list[str] = []
     average: Tensor | None = None
-    model.requires_grad_(False)
-    for p in tuned.values():
-        p.requires_grad_(True)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if is_batch_norm(m)]
     for m in norms:
         m.train()  # by the statistics of the step's images
     optimizer = torch.optim.SGD(tuned.values(), lr=LEARNING_RATE, momentum=MOMENTUM)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with unfrozen(model, tuned), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             views = augmentation(augment, *next(iter(memories.values())).images.shape[1:3])
             for step in range(n_steps):
@@ -130,9 +127,6 @@ def rehearse(
     finally:
         for m in norms:
             m.eval()
-        for name, p in model.named_parameters():
-            p.requires_grad_(flags[name])
-            p.grad = None
     found = {name: p.detach().clone() for name, p in tuned.items()}
     patient.load({**before, **found})
     return found

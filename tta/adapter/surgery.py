@@ -86,7 +86,7 @@ def adapt(model: nn.Module, views: Views, rows: Tensor, plan: Plan, tick: Tick =
     if not tuned:
         raise AdaptationError(f"block {plan.name!r} has no parameters")
     n_steps = math.ceil(len(rows) / plan.batch_size) if len(rows) else window_steps(views, plan)
-    with _unfrozen(model, tuned), torch.random.fork_rng(devices=[]):
+    with unfrozen(model, tuned), torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         start = {n: p.detach().clone() for n, p in tuned.items()} if plan.l1 else {}
         optimizer: torch.optim.Adam | None = None
@@ -146,7 +146,7 @@ def information(logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _unfrozen(model: nn.Module, tuned: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def unfrozen(model: nn.Module, tuned: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Only these parameters get gradients."""
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
@@ -134,7 +133,7 @@ class Rehearsals:
 
             def then(outputs: Outputs | None, number: int = number, y: Any = y) -> None:
                 if outputs is not None:
-                    right = [(np.asarray(logits).argmax(axis=1) == y).tolist() for logits, _ in outputs]
+                    right = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
                     heard[number] = _Hearing(y.tolist(), *right)
                 self._hear(versions, waiting, heard)
 
