@@ -43,6 +43,28 @@ def test_stickiness_is_measured_also_during_a_shift() -> None:
             assert abs(measure(samples.w, samples.predictions)[0] - repeat) < 0.1
 
 
+def test_one_picture_again_and_again_is_all_copies() -> None:
+    """Copies that differ by rounding only are copies, however few, and whatever pattern the rounding has."""
+    for n in (6, 7, 40):
+        w = stream(1, 4).w + 1e-6 * stream(n, 5).w
+        assert measure(w, np.zeros(n, np.int64))[0] == 1.0
+
+
+def test_thresholds_that_are_not_sticky_enough_raise_no_alarm() -> None:
+    """Thresholds for a repeat of 0.3 come back for traffic of 0.9: no alarm, but stickier ones are asked for."""
+    monitor = DriftMonitor(REFERENCE, PLAIN)
+    sticky = stream(600, 6, repeat=0.9)
+    for start in range(0, len(sticky), 16):
+        assert monitor.update(sticky[start : start + 16]) is None
+
+    too_low = calibrate(REFERENCE, 2000, Stickiness(0.3))
+    plain = DriftMonitor(REFERENCE, too_low, adaptive=False)
+    assert plain.update(sticky) is not None  # as they would without measuring again
+    assert monitor.recalibrated(too_low) is None
+    assert monitor.wanted is not None
+    assert monitor.wanted.repeat > 0.5
+
+
 def test_cameras_that_take_turns_are_sticky_too() -> None:
     """Eight cameras in turn, each showing a picture ten times, have no copies side by side and are sticky."""
     cameras = [stream(128, 10 + i, repeat=0.9).w for i in range(8)]

@@ -170,8 +170,8 @@ class DriftMonitor:
         """Go on with these thresholds, as if they had been in use all along.
 
         Returns:
-            The alarm that the remembered samples raise with them, if any; its index counts back from the newest
-            sample (0 is the newest, -1 the one before).
+            The alarm that the remembered samples raise with them, if any, unless they are stickier still; its
+            index counts back from the newest sample (0 is the newest, -1 the one before).
         """
         stickier = not self.calibration.stickiness.covers(calibration.stickiness)
         n, state = min(len(self.history), self.n_samples), self.state()
@@ -181,7 +181,12 @@ class DriftMonitor:
             self.load_state(state)
             return None
         alarm = self._judge(self.history.newest(n))
-        return None if alarm is None else replace(alarm, index=alarm.index + 1 - n)
+        if alarm is None:
+            return None
+        if self.adaptive:  # measured on few samples, stickiness may have been thought too small
+            self._over = True
+            self._excuse(alarm.lag + n - alarm.index)
+        return None if self.wanted is not None else replace(alarm, index=alarm.index + 1 - n)
 
     def state(self) -> dict[str, Array]:
         """What `load_state` needs to go on where this left off; flat, for a file."""

@@ -24,6 +24,7 @@ MIN_PART = 4  # samples on either side of a change
 CUT_BIAS = 4.0  # slow traffic is taken for a change in part: measured repeat is low by this over n
 COPIES = 0.15  # of the distances of neighbours the 20 % quantile over the 95 % one, under which some are copies
 MIN_CLASS_SAMPLES = 64
+STILL = 0.01  # of what independent samples of the reference differ, under which all are copies of one
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _repeat(w: Array) -> float:
         w = _without_change(w)
     lags, far = min(LAGS, n // 4), min(FAR, n // 2)
     apart = float(np.mean([_apart(w, far + extra) for extra in range(0, min(FAR, n // 4), FAR // 4)]))
-    if apart <= 0:
+    if apart <= 2 * STILL:  # two whitened samples differ by 2; copies by rounding, which is no pattern
         return 1.0
     correlation = [1 - _apart(w, lag) / apart for lag in range(1, lags + 1)]
     # One lag suffices where near-copies are neighbours; the sum over lags also sees cameras that take turns.
