@@ -1,5 +1,6 @@
 """The operator's hand, and the daemon's own second thoughts, on a live shift."""
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,6 +234,51 @@ def test_labels_can_speak_against_relief(
     assert now["state"] == "drifted"
     assert len(events_named("relieved", daemon)) == relieved
     assert status(daemon)["version"] == 0
+
+
+def test_feedback_proves_relief(start_daemon: Callable[..., DaemonProcess], noisy: tuple) -> None:
+    """Where answers are only called right or wrong, relief serves, learns from it, and is kept for erring less."""
+    daemon = start_daemon(**{"adapt.label_free": "immediate", "monitor.window": 128})
+    traffic = Traffic(daemon, *noisy, label_every=1, feedback=True)
+    traffic.start()
+    try:
+        proof = until(lambda: events_named("confirmed", daemon), "the verdict of the feedback", 180)[0]
+        version = status(daemon)["version"]
+        traffic.show(*digits("stream", 600, seed=23))
+        until(lambda: status(daemon)["version"] == 0, "home", 60)
+        traffic.show(*noisy)
+        until(lambda: status(daemon)["version"] == version, "the recall", 60)
+    finally:
+        traffic.stop()
+
+    assert traffic.failure is None
+    assert not events_named("enough_labels", daemon)
+    assert version > 0
+    assert proof["wrong"] / proof["answers"] < proof["previous_wrong"] / proof["previous_answers"]
+    manifest = json.loads((daemon.folder / "state" / "versions" / f"{version:06d}" / "manifest.json").read_text())
+    assert manifest["verdict"]["reason"] == "called wrong less often"
+
+
+def test_feedback_can_speak_against_relief(
+    start_daemon: Callable[..., DaemonProcess], noisy: tuple, bundle: Bundle
+) -> None:
+    """When users call relief's answers wrong that they called right of the source, it is taken back."""
+    daemon = start_daemon(**{"adapt.label_free": "immediate"})
+    source = Predictor(bundle, "cpu")
+    source.activate(source.prepare())
+    x = noisy[0]
+    believed = np.concatenate([source.run(x[i : i + 32]).logits.argmax(axis=1) for i in range(0, len(x), 32)])
+    traffic = Traffic(daemon, x, believed, label_every=1, feedback=True)
+    traffic.start()
+    try:
+        verdict = until(lambda: events_named("disagreed", daemon), "the verdict of the feedback", 120)[0]
+        until(lambda: status(daemon)["version"] == 0, "the source serving again")
+    finally:
+        traffic.stop()
+
+    assert verdict["previous_wrong"] == 0
+    assert verdict["wrong"] > 0
+    assert events_named("relieved", daemon)
 
 
 def test_regimes_rehearse_between_shifts(start_daemon: Callable[..., DaemonProcess], noisy: tuple) -> None:

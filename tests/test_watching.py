@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.waiting import until
 from tta.bundle import Bundle
 from tta.config import MonitorConfig
 from tta.daemon.library import Library
-from tta.daemon.watch import Watch
+from tta.daemon.watch import Finding, Watch
 from tta.errors import InputError
 from tta.monitor.calibration import Calibration
 from tta.monitor.regimes import fingerprint
@@ -299,3 +300,35 @@ def test_unknown_traffic_that_moves_on_is_noticed_and_that_which_stays_is_not(
 
     assert moved(noise, 0) == []
     assert 380 <= moved(blur, 400)[0] <= 432
+
+
+def test_a_regime_is_left_for_its_nearest_neighbour(bundle: Bundle, watch: Watch) -> None:
+    """Traffic that 48 samples take for a known regime is seen to have left it by 128; the regime's own has not."""
+    predictor = Predictor(bundle, "cpu", 1)
+    predictor.activate(predictor.prepare())
+    x, _ = digits("stream", 900, seed=53)
+    noise = predictor.run(corrupt(x, "noise", 4))
+    predictions = noise.logits.argmax(axis=1)
+    known = fingerprint(watch.reference.residuals(noise.features[:400], predictions[:400]), predictions[:400])
+    regime = watch.library.add(1, "input", 0.8, known, 0)
+    watch.enter(regime, 0)
+    source = watch.sources.number("camera")
+    near = replace(noise, features=noise.features + np.float32(0.22))
+    residuals = watch.reference.residuals(near.features, predictions)
+    few = [known.distance(residuals[i : i + 48]) / known.threshold for i in range(600, 850, 10)]
+    assert np.median(few) < 1
+
+    def found(result: Any, rows: range) -> list[Finding]:
+        every = []
+        for i in rows[::4]:
+            part = slice(i, i + 4)
+            watch.features(range(i, i + 4), result.features[part], result.logits[part], np.full(4, source))
+            left = watch.left()
+            every += [] if left is None else [left]
+        return every
+
+    assert found(noise, range(400, 600)) == []
+    left = found(near, range(600, 900))
+    assert left[0].alarm.chart == "fingerprint"
+    assert left[0].sequence < 800
+    assert 560 <= left[0].onset <= 660

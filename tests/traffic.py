@@ -16,6 +16,9 @@ LABEL_EVERY = 4
 class Traffic(threading.Thread):
     """Send images at a steady rate, label every fourth answer (or none, for 0), until `stop`.
 
+    Args:
+        feedback: instead of naming the class, only say whether the answer was right.
+
     Attributes:
         acknowledged: prediction ids whose label the daemon called joined.
         versions: every version that answered.
@@ -24,9 +27,15 @@ class Traffic(threading.Thread):
     """
 
     def __init__(
-        self, daemon: DaemonProcess, x: np.ndarray, y: np.ndarray, label_every: int = LABEL_EVERY
+        self,
+        daemon: DaemonProcess,
+        x: np.ndarray,
+        y: np.ndarray,
+        label_every: int = LABEL_EVERY,
+        feedback: bool = False,
     ) -> None:
         super().__init__(daemon=True)
+        self._feedback = feedback
         self.label_every = label_every
         self.acknowledged: set[int] = set()
         self.versions: set[int] = set()
@@ -52,7 +61,7 @@ class Traffic(threading.Thread):
 
     def _send(self, client: Client) -> None:
         pending: dict[int | str, int] = {}
-        to_label: list[tuple[int, int]] = []
+        to_label: list[tuple[int, int, int]] = []
         sent = 0
         while not self._done.wait(1 / RATE):
             x, y = self._images
@@ -65,7 +74,7 @@ class Traffic(threading.Thread):
                     self.answered += 1
                     self.versions.add(answer.version)
                     if self.label_every and self.answered % self.label_every == 0:
-                        to_label.append((answer.prediction_id, label))
+                        to_label.append((answer.prediction_id, label, int(answer.classes[0])))
                 else:
                     name = type(answer).__name__
                     self.refused[name] = self.refused.get(name, 0) + 1
@@ -73,10 +82,13 @@ class Traffic(threading.Thread):
                 self._label(client, to_label)
                 to_label = []
 
-    def _label(self, client: Client, rows: list[tuple[int, int]]) -> None:
-        ids = [i for i, _ in rows]
+    def _label(self, client: Client, rows: list[tuple[int, int, int]]) -> None:
+        ids = [i for i, _, _ in rows]
         try:
-            outcomes = client.label(ids, [label for _, label in rows])
+            if self._feedback:
+                outcomes = client.label(ids, correct=[label == answer for _, label, answer in rows])
+            else:
+                outcomes = client.label(ids, [label for _, label, _ in rows])
         except TTAError:  # the daemon is away: nothing was acknowledged
             return
         self.acknowledged |= {i for i, outcome in zip(ids, outcomes, strict=True) if outcome == "joined"}

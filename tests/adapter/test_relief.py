@@ -33,7 +33,7 @@ def test_unlabelled_images_alone_cure_noise(digits_model: nn.Module) -> None:
     before = patient.accuracy(images, classes)
     starts = starts_of(patient, source, anatomy, window, {}, {}, lambda *_: None)
 
-    found = relieve(patient, starts, anatomy, window, "block1", SETTINGS, lambda *_: None)
+    found = relieve(patient, starts, anatomy, window, None, "block1", SETTINGS, lambda *_: None)
 
     patient.load(found.state)
     assert patient.accuracy(images, classes) > before + 0.1
@@ -53,7 +53,7 @@ def test_few_images_re_estimate_normalisation_only(digits_model: nn.Module) -> N
     window = patient.images(corrupt(digits("stream", MIN_TUNED - 1, seed=5)[0], "noise", 4))
     starts = starts_of(patient, source, anatomy, window, {}, {}, lambda *_: None)
 
-    found = relieve(patient, starts, anatomy, window, "block1", SETTINGS, lambda *_: None)
+    found = relieve(patient, starts, anatomy, window, None, "block1", SETTINGS, lambda *_: None)
 
     assert found.block == ""
     parameters = {n for n, _ in patient.model.named_parameters()}
@@ -69,7 +69,7 @@ def test_the_same_images_give_the_same_relief(digits_model: nn.Module) -> None:
         window = patient.images(corrupt(digits("stream", MIN_TUNED, seed=5)[0], "noise", 4))
         starts = starts_of(patient, source, anatomy, window, {}, {}, lambda *_: None)
         short = replace(SETTINGS, augment=())
-        states.append(relieve(patient, starts, anatomy, window, "block1", short, lambda *_: None).state)
+        states.append(relieve(patient, starts, anatomy, window, None, "block1", short, lambda *_: None).state)
 
     assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())
 
@@ -85,4 +85,4 @@ def test_a_network_without_batch_norm_waits_for_labels() -> None:
     starts = starts_of(patient, patient.state(), anatomy, window, {}, {}, lambda *_: None)
 
     with pytest.raises(AdaptationError, match="labels are needed"):
-        relieve(patient, starts, anatomy, window, "block1", SETTINGS, lambda *_: None)
+        relieve(patient, starts, anatomy, window, None, "block1", SETTINGS, lambda *_: None)

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,40 @@ def test_a_label_never_changes_sides(tmp_path: Path) -> None:
         == fit
         == {ID + i for i in range(1000) if fits(ID + i, 0.6)}
     )
+    again.close()
+
+
+def test_feedback_fits_and_judges_nothing(tmp_path: Path) -> None:
+    """Answers called right or wrong are fitted; no gate sees them till somebody names the class."""
+    buffer = LabelBuffer(tmp_path / "l.sqlite", 5000, 0.6, (4, 4, 3))
+    buffer.add([labelled(i) for i in range(20)])
+    buffer.add([replace(labelled(i, 1 if i % 2 else None), feedback=True) for i in range(20, 60)])
+
+    assert buffer.count(0) == 20
+    assert {r.sequence for fit in (True, False) for r in buffer.select(0, fit)} == set(range(20))
+    assert [r.sequence for r in buffer.feedback(0)] == list(range(59, 19, -1))
+    assert buffer.n_feedback(50) == 10
+    assert buffer.outcomes(20, version=0) == (40, 20)
+    buffer.add([labelled(30, 2)])
+    assert buffer.count(0) == 21
+    assert buffer.n_feedback(20) == 39
+    buffer.close()
+
+
+def test_labels_of_an_earlier_release_are_taken_over(tmp_path: Path) -> None:
+    """A buffer without the column for feedback gets it; labels without a class were feedback."""
+    path = tmp_path / "l.sqlite"
+    buffer = LabelBuffer(path, 5000, 0.6, (4, 4, 3))
+    buffer.add([labelled(0), labelled(1, None)])
+    buffer.close()
+    db = sqlite3.connect(path)
+    db.execute("ALTER TABLE labels DROP COLUMN feedback")
+    db.commit()
+    db.close()
+
+    again = LabelBuffer(path, 5000, 0.6, (4, 4, 3))
+
+    assert (again.count(0), again.n_feedback(0)) == (1, 1)
     again.close()
 
 

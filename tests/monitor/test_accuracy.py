@@ -1,12 +1,20 @@
 """Tests on labels: their bounds hold, and they find what is there."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from tests.monitor.stream import make_reference
-from tta.monitor.accuracy import ConfidenceModel, ErrorDetector, PairedTest, binomial_tail, paired_p_value
+from tta.monitor.accuracy import (
+    ConfidenceModel,
+    ErrorDetector,
+    PairedTest,
+    binomial_tail,
+    more_errors_p_value,
+    paired_p_value,
+)
 
 
 def test_false_alarms_stay_under_the_bound() -> None:
@@ -112,3 +120,11 @@ def test_confidence_predicts_accuracy() -> None:
     assert model.predicted_accuracy(reference.confidences * 3 - 1) < model.accuracy - 0.3
     assert 0 < model.error_rate(-0.01) < 1
     assert 0 < model.error_rate(-10.0) < 1
+
+
+def test_rates_of_two_samples_are_compared_exactly() -> None:
+    """The chance of so many errors in the first sample is that of drawing them from both, counted out."""
+    for errors, n, other, m in ((5, 6, 1, 6), (2, 5, 5, 8), (0, 5, 3, 7), (6, 6, 0, 6)):
+        draws = [sum(i < errors + other for i in rows) for rows in itertools.combinations(range(n + m), n)]
+        expected = sum(d >= errors for d in draws) / len(draws)
+        assert more_errors_p_value(errors, n, other, m) == pytest.approx(expected)

@@ -70,7 +70,7 @@ class Surgeon:
         """
         request = json.loads((folder / "request.json").read_text())
         arrays = load_file(folder / "arrays.safetensors")
-        if request["memories"]:
+        if request["kind"] == "rehearsal":
             return self._rehearse(folder, request, arrays, progress)
         patient = self.patient
         window = patient.images(arrays["x_window"]) if "x_window" in arrays else None
@@ -83,14 +83,15 @@ class Surgeon:
         learned = {n: torch.from_numpy(a).to(patient.device) for n, a in rehearsed.items()}
         starts = starts_of(patient, self.source, self.anatomy, window, learned, remembered, progress)
         settings = msgspec.convert(request["settings"], Settings)
-        if "y_fit" not in arrays:
+        labels = self._labels(arrays)
+        if request["kind"] == "relief":
             if window is None:
                 raise AdaptationError("neither labels nor images to work with")
-            relief = relieve(patient, starts, self.anatomy, window, request["relief"], settings, progress)
+            relief = relieve(patient, starts, self.anatomy, window, labels, request["relief"], settings, progress)
             self._write(folder / "candidate", Result(relief.state, relief.block, relief.start))
             return {"block": relief.block, "start": relief.start, "information": relief.information}
-        y, wrong = (torch.from_numpy(arrays[name]).to(patient.device) for name in ("y_fit", "wrong_fit"))
-        labels = Labels(patient.images(arrays["x_fit"]), y, wrong)
+        if labels is None:
+            raise AdaptationError("no labels to fit")
         race = Race(patient, starts, self.anatomy, labels, window, request["suited"], settings, progress)
         result = race.run()
         if not delta_of(result.state, self.source):
@@ -98,10 +99,16 @@ class Surgeon:
         self._write(folder / "candidate", result)
         reply: dict[str, Any] = {"block": result.block, "start": result.start, "report": result.report}
         if window is not None and any(name in starts for name in LABEL_FREE):
-            relief = relieve(patient, starts, self.anatomy, window, request["relief"], settings, progress)
+            relief = relieve(patient, starts, self.anatomy, window, None, request["relief"], settings, progress)
             self._write(folder / "label-free", Result(relief.state, relief.block, relief.start))
             reply["label_free"] = {"block": relief.block, "start": relief.start}
         return reply
+
+    def _labels(self, arrays: dict[str, Any]) -> Labels | None:
+        if "y_fit" not in arrays:
+            return None
+        y, wrong = (torch.from_numpy(arrays[name]).to(self.patient.device) for name in ("y_fit", "wrong_fit"))
+        return Labels(self.patient.images(arrays["x_fit"]), y, wrong)
 
     def _rehearse(
         self, folder: Path, request: dict[str, Any], arrays: dict[str, Any], progress: Any

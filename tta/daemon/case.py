@@ -36,6 +36,7 @@ class Case:
         accepted: the operator has taken the present shift for normal.
         proven: version that served before one made without labels took its place; None if none has.
         relief: images the last version made without labels was made from.
+        feedback: answers called right or wrong that it was made from.
         attributed: place in the stream before which all traffic has been told to be of some regime.
         looks: how often the present shift's labels have been put to a test; each look spends half of the
             alpha that is left, so that all together spend no more than `gate.alpha`.
@@ -63,6 +64,7 @@ class Case:
     looks: int = 0
     proven: int | None = None
     relief: int = 0
+    feedback: int = 0
     actionable: bool | None = None
     keys: tuple[str, ...] = ()
 

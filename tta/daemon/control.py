@@ -143,7 +143,17 @@ class Control:
             asked = prediction_id in self.asked
             sure = float(confidence(entry.logits[None])[0])
             rows.append(
-                Labelled(prediction_id, entry.sequence, entry.version, label, predicted, entry.x, asked, sure)
+                Labelled(
+                    prediction_id,
+                    entry.sequence,
+                    entry.version,
+                    label,
+                    predicted,
+                    entry.x,
+                    asked,
+                    sure,
+                    bool(request.correct),
+                )
             )
             outcomes.append("joined" if entry.x is not None else "no_input")
         self._keep(rows, outcomes)

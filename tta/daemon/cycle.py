@@ -75,6 +75,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
     (S.DRIFTED, E.RELIEVED): (S.DRIFTED, (A.RELIEVE,)),
     (S.DRIFTED, E.DISAGREED): (S.DRIFTED, (A.AWAIT_LABELS, A.ROLL_BACK)),  # labels speak against relief
     (S.DRIFTED, E.SETTLED): (S.STABLE, (A.ACCEPT_REGIME, A.WATCH)),
+    (S.DRIFTED, E.CONFIRMED): (S.STABLE, (A.ACCEPT_REGIME, A.WATCH)),  # feedback speaks for relief
     (S.DRIFTED, E.ENOUGH_LABELS): (S.ADAPTING, (A.ADAPT,)),
     (S.DRIFTED, E.ACCEPTED): (S.PROBATION, (A.SWAP,)),  # a proposal the operator approves
     (S.DRIFTED, E.OPERATOR): (S.STABLE, (A.WATCH,)),

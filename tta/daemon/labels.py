@@ -28,7 +28,8 @@ CREATE TABLE IF NOT EXISTS labels (
     predicted INTEGER NOT NULL, -- -1: given with the image, never predicted
     fit INTEGER NOT NULL,       -- 1: fits a candidate, 0: judges it
     asked INTEGER NOT NULL,     -- 1: we asked for it, so it is no random sample
-    x BLOB
+    x BLOB,
+    feedback INTEGER NOT NULL DEFAULT 0 -- 1: the answer was called right or wrong; nobody named a class
 );
 CREATE INDEX IF NOT EXISTS by_sequence ON labels (sequence);
 CREATE INDEX IF NOT EXISTS usable ON labels (sequence, fit) WHERE label IS NOT NULL AND x IS NOT NULL;
@@ -39,6 +40,8 @@ CREATE TABLE IF NOT EXISTS spans ( -- of the stream, and the regime its traffic 
 );
 """
 MAX_SPANS = 4096  # remembered; older labels belong to no regime any more
+# "Right" is said of what the serving version got right: a sample that no other version can look better on.
+NAMED = "label IS NOT NULL AND NOT feedback AND x IS NOT NULL"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Labelled:
         predicted: class the serving version answered; -1 if the image came with the label.
         x: (H, W, C) uint8, or None.
         asked: we asked for this label because the prediction was uncertain.
+        feedback: somebody called the answer right or wrong, and named no class.
         confidence: of the prediction, see `tta.monitor.reference.confidence`; not kept on disk.
     """
 
@@ -61,6 +65,7 @@ class Labelled:
     x: Array | None
     asked: bool = False
     confidence: float | None = None
+    feedback: bool = False
 
 
 def fits(prediction_id: int, fit_fraction: float) -> bool:
@@ -81,6 +86,9 @@ class LabelBuffer:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")  # an acknowledged label survives a power cut
             self._db.executescript(SCHEMA)
+            if "feedback" not in {row[1] for row in self._db.execute("PRAGMA table_info(labels)")}:
+                self._db.execute("ALTER TABLE labels ADD COLUMN feedback INTEGER NOT NULL DEFAULT 0")
+                self._db.execute("UPDATE labels SET feedback = 1 WHERE label IS NULL")
         except sqlite3.DatabaseError as error:
             raise ConfigError(
                 f"label buffer {path} cannot be opened ({error}): move it away to start an empty one"
@@ -103,13 +111,14 @@ class LabelBuffer:
                 int(fits(r.prediction_id, self.fit_fraction)),
                 int(r.asked),
                 None if r.x is None else np.ascontiguousarray(r.x).tobytes(),
+                int(r.feedback),
             )
             for r in labelled
         ]
         self._db.execute("BEGIN IMMEDIATE")
         try:
             known = {i for i in (r.prediction_id for r in labelled) if self._has(i)}
-            self._db.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?,?)", rows)
+            self._db.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?,?,?)", rows)
             excess = len(self) - self.capacity
             if excess > 0:
                 self._db.execute(
@@ -136,7 +145,7 @@ class LabelBuffer:
 
     def count(self, since: int) -> int:
         """Labels with a class and an image from `since` on."""
-        query = "SELECT count(*) FROM labels WHERE sequence >= ? AND label IS NOT NULL AND x IS NOT NULL"
+        query = f"SELECT count(*) FROM labels WHERE sequence >= ? AND {NAMED}"
         return int(self._db.execute(query, (since,)).fetchone()[0])
 
     def select(self, since: int, fit: bool, limit: int = -1) -> list[Labelled]:
@@ -147,9 +156,7 @@ class LabelBuffer:
             fit: which side.
             limit: at most so many; -1 for all.
         """
-        return self._rows(
-            "WHERE sequence >= ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL", (since, int(fit)), limit
-        )
+        return self._rows(f"WHERE sequence >= ? AND fit = ? AND {NAMED}", (since, int(fit)), limit)
 
     def attribute(self, regime: int, since: int, until: int) -> None:
         """Say that the traffic from `since` to before `until` was of a regime; an empty span says nothing."""
@@ -168,19 +175,22 @@ class LabelBuffer:
     def of_regime(self, regime: int, fit: bool, limit: int = -1) -> list[Labelled]:
         """Labels with a class and an image from traffic of a regime, of one side of the split, newest first."""
         return self._rows(
-            "JOIN spans ON sequence >= since AND sequence < until "
-            "WHERE regime = ? AND fit = ? AND label IS NOT NULL AND x IS NOT NULL",
+            f"JOIN spans ON sequence >= since AND sequence < until WHERE regime = ? AND fit = ? AND {NAMED}",
             (regime, int(fit)),
             limit,
         )
 
-    def known_wrong(self, since: int, limit: int = -1) -> list[Labelled]:
-        """Images from `since` on of which only a wrong class is known; for fitting, newest first."""
-        return self._rows(
-            "WHERE sequence >= ? AND fit = 1 AND label IS NULL AND predicted >= 0 AND x IS NOT NULL",
-            (since,),
-            limit,
-        )
+    def feedback(self, since: int, limit: int = -1) -> list[Labelled]:
+        """Images from `since` on whose answers were called right or wrong, newest first. All of them fit.
+
+        They judge nothing at a gate: of another version, "wrong" says only which answer would be wrong too.
+        """
+        return self._rows("WHERE sequence >= ? AND feedback AND predicted >= 0 AND x IS NOT NULL", (since,), limit)
+
+    def n_feedback(self, since: int) -> int:
+        """How many of `feedback`."""
+        query = "SELECT count(*) FROM labels WHERE sequence >= ? AND feedback AND predicted >= 0 AND x IS NOT NULL"
+        return int(self._db.execute(query, (since,)).fetchone()[0])
 
     def ids_since(self, since: int) -> set[int]:
         """Prediction ids labelled from `since` on."""
@@ -200,12 +210,13 @@ class LabelBuffer:
 
     def _rows(self, where: str, parameters: tuple[int, ...], limit: int) -> list[Labelled]:
         cursor = self._db.execute(
-            f"SELECT prediction_id, sequence, version, label, predicted, x, asked FROM labels {where} "
+            f"SELECT prediction_id, sequence, version, label, predicted, x, asked, feedback FROM labels {where} "
             "ORDER BY sequence DESC LIMIT ?",
             (*parameters, limit),
         )
         return [
-            Labelled(row[0], row[1], row[2], row[3], row[4], self._image(row[5]), bool(row[6])) for row in cursor
+            Labelled(r[0], r[1], r[2], r[3], r[4], self._image(r[5]), bool(r[6]), feedback=bool(r[7]))
+            for r in cursor
         ]
 
     def _image(self, blob: bytes | None) -> Array | None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from tta.errors import NotFoundError
 from tta.versions import SOURCE
 
 Array = npt.NDArray[Any]
-MIN_WINDOW = 64  # unlabelled images under which normalisation is not re-estimated
+MIN_WINDOW = 32  # unlabelled images under which normalisation is not re-estimated
 CARRIED = ("serving", "source")
 NORMALISATION = "normalisation"  # what was operated on where no block was
 SCALES = "scales"  # and where it was the scales and shifts of all normalisations
@@ -108,13 +108,11 @@ class Operation:
         if not labelled:
             concluded(Conclusion(0, 0.0, {"error": "no labels to fit"}))
             return
-        wrong = self.labels.known_wrong(onset, limit=self.config.adapt.max_labels)
-        x, y = arrays_of([*labelled, *(replace(r, label=r.predicted) for r in wrong)])
-        arrays = {"x_fit": x, "y_fit": y, "wrong_fit": np.arange(len(y)) >= len(y) - len(wrong)}
+        arrays = self._to_fit(labelled, onset)
         window = stack_inputs(self.ledger.since(onset, self.config.adapt.window))
         if window is not None and len(window) >= MIN_WINDOW:
             arrays["x_window"] = window
-        folder = self._request(job, arrays, {"serving": serving, **near}, suited, relief)
+        folder = self._request(job, "race", arrays, {"serving": serving, **near}, suited, relief)
 
         def finished(header: dict[str, Any]) -> None:
             self.metrics.phase_s.labels("adapt").observe(time.monotonic() - began)
@@ -124,12 +122,25 @@ class Operation:
 
         self.adapter.submit(folder, finished)
 
+    def _to_fit(self, labelled: list[Labelled], onset: int) -> dict[str, Array]:
+        """Images and classes, and those of which only "right" or "wrong" is known since the onset."""
+        feedback = self.labels.feedback(onset, limit=self.config.adapt.max_labels)
+        x, y = arrays_of([*labelled, *(replace(r, label=r.predicted) for r in feedback)])
+        wrong = [False] * len(labelled) + [r.label is None for r in feedback]
+        return {"x_fit": x, "y_fit": y, "wrong_fit": np.array(wrong, bool)} if len(y) else {}
+
     def relieve(
-        self, window: Array, serving: int, suited: str, done: Callable[[int, dict[str, float]], None]
+        self,
+        onset: int,
+        window: Array,
+        serving: int,
+        suited: str,
+        done: Callable[[int, dict[str, float]], None],
     ) -> None:
-        """Make a candidate without labels; it is stored.
+        """Make a candidate without a named class; it is stored.
 
         Args:
+            onset: place in the stream from which feedback counts.
             window: (N, H, W, C) uint8 images since the onset, at least `MIN_WINDOW`.
             serving: version in service.
             suited: block to tune if there are enough images, or "".
@@ -140,7 +151,8 @@ class Operation:
         self._job += 1
         job, began = self._job, time.monotonic()
         self.relieving = True
-        folder = self._request(job, {"x_window": window}, {"serving": serving}, suited, suited)
+        arrays = {"x_window": window, **self._to_fit([], onset)}
+        folder = self._request(job, "relief", arrays, {"serving": serving}, suited, suited)
 
         def finished(header: dict[str, Any]) -> None:
             if job == self._job:
@@ -176,7 +188,8 @@ class Operation:
         job, began = self._job, time.monotonic()
         self.rehearsing = True
         arrays = {f"{k}_{n}": a for n, pair in labelled.items() for k, a in zip("xy", pair, strict=True) if len(a)}
-        folder = self._request(job, arrays, {}, "", "", {str(n): str(path) for n, path in images.items()})
+        memories = {str(n): str(path) for n, path in images.items()}
+        folder = self._request(job, "rehearsal", arrays, {}, "", "", memories)
 
         def finished(header: dict[str, Any]) -> None:
             if job == self._job:
@@ -198,6 +211,7 @@ class Operation:
     def _request(
         self,
         job: int,
+        kind: Literal["race", "relief", "rehearsal"],
         arrays: Mapping[str, Array],
         starts: Mapping[str, int],
         suited: str,
@@ -210,6 +224,7 @@ class Operation:
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
         folders = {name: self.store.folder(v) for name, v in starts.items()}
         request = {
+            "kind": kind,
             "suited": suited,
             "relief": relief,
             "starts": {name: str(path) for name, path in folders.items() if path is not None},

@@ -20,13 +20,13 @@ from tta.daemon.ledger import Ledger, stack_inputs
 from tta.daemon.library import HOME, Library, Regime
 from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink, VersionFolder
 from tta.daemon.metrics import Metrics
-from tta.daemon.operation import Conclusion, Operation, arrays_of
+from tta.daemon.operation import MIN_WINDOW, Conclusion, Operation, arrays_of
 from tta.daemon.processes import Logger
 from tta.daemon.rehearsals import Rehearsals
 from tta.daemon.store import Store
 from tta.daemon.watch import Finding, Watch
 from tta.errors import NotFoundError
-from tta.monitor.accuracy import PairedTest, binomial_tail
+from tta.monitor.accuracy import PairedTest, binomial_tail, more_errors_p_value
 from tta.monitor.diagnosis import Diagnosis
 from tta.monitor.regimes import LOOKS, WINDOW, Fingerprint
 from tta.versions import SOURCE
@@ -42,8 +42,9 @@ WARM_STARTS = 2  # cured regimes most like the present one, from which an operat
 NEVER = 1 << 40  # images
 MOVES, MOVES_WITHIN = 3, 1024  # times that unknown traffic may move on, within so many samples
 RELIEF = "relief"  # why a version made without labels serves
-RELIEF_SAMPLES = 64  # images of a shift before a version is made of them without labels
 MORE = 2  # times as many, and it is made again
+MORE_FEEDBACK = 64  # answers called right or wrong, and it is made of them too; then of `MORE` times as many
+FIRST_RATES = 16  # outcomes of a version after which feedback first judges it; then of twice as many
 MAX_CLASS_RUN = 3.0  # classes that come in longer runs would spoil the estimate
 JUDGED_SAMPLES = 256  # after which a shift is taken for harmless unless it looks harmful
 SUSPICION_SAMPLES = 48  # to find out where the traffic of a cured regime went before it is an alarm
@@ -87,6 +88,7 @@ class Treatment:
         self.events: deque[dict[str, Any]] = deque(maxlen=200)
         self._log = log
         self._paired = PairedTest(config.gate.rollback_alpha)
+        self._rates_at, self._rate_looks = FIRST_RATES, 0
         self._probation_from: float | None = None
         self._right: dict[str, deque[bool]] = {m: deque(maxlen=ACCURACY_WINDOW) for m in ("serving", "source")}
         self._recall_at = RECALL_LABELS
@@ -258,7 +260,7 @@ class Treatment:
         self.case.cause, self.case.onset, self.case.kind = cause, onset, ""
         self.case.wanted, self.case.forced, self.case.proposal = self.config.adapt.labels, False, 0
         self.case.looks, self.case.actionable, self.case.keys, self.case.accepted = 0, None, (), False
-        self.case.proven, self.case.relief = None, 0
+        self.case.proven, self.case.relief, self.case.feedback = None, 0, 0
         self.diagnosis = None
         self._recall_at = RECALL_LABELS
         self._suspicion = None
@@ -340,7 +342,7 @@ class Treatment:
             if self.cycle.state is State.STABLE:
                 self._open_case("charts", sample)
             self.library.update(found.number, last_used=self.sequence)
-            self._remember_relief(self.sequence - WINDOW)
+            self._remember_uncured(self.sequence - WINDOW)
             self.case.attributed = max(self.case.attributed, self.sequence - WINDOW)
             self.case.target = found.number
             self.happen(Event.KNOWN, regime=found.number, recalled_version=found.version, sample=sample)
@@ -350,6 +352,16 @@ class Treatment:
             onset = self.watch.moved_on()
             if onset is not None:
                 self._move_on(onset)
+        elif self.cycle.state is State.STABLE and self._suspicion is None:
+            self._notice_departure()
+
+    def _notice_departure(self) -> None:
+        """Has the traffic of a regime become that of a neighbour which nobody knows?"""
+        left = self.watch.left()
+        if left is not None:
+            self._suspicion = left
+            self.watch.excluded.add(self.regime.number)  # so like it that fewer samples would find it again
+            self._raise_suspicion()
 
     def _move_on(self, onset: int) -> None:
         """The traffic has left the present shift for one that nobody knows: a case of its own.
@@ -360,7 +372,7 @@ class Treatment:
         if self.case.forced or within < MOVES_WITHIN:
             return
         self._moves.append(onset)
-        self._remember_relief(onset)
+        self._remember_uncured(onset)
         proven = self.case.proven if self._relieved() else None
         if self.happen(Event.MOVED_ON, onset=onset):
             self._open_case("charts", onset)
@@ -368,11 +380,18 @@ class Treatment:
             self.watch.excluded.clear()
             self.save()
 
-    def _remember_relief(self, until: int) -> None:
-        """What was made without labels for a shift that ends may be of use when it returns."""
-        found = self.watch.fingerprint(until) if self._relieved() else None
-        if found is not None:
-            self._add_regime(self.case.kind, self._measured_accuracy(), found, until)
+    def _remember_uncured(self, until: int) -> None:
+        """A shift ends that no labels have decided on.
+
+        What was made for it without them may be of use when it returns. If nothing was, other regimes may teach
+        what serves it (`Rehearsals`), where that needs no proof.
+        """
+        case, relieved = self.case, self._relieved()
+        learns = self.config.adapt.label_free == "immediate" and self.config.adapt.rehearsal != "off"
+        if relieved or (learns and case.actionable and case.cause == "charts" and not case.keys):
+            found = self.watch.fingerprint(until)
+            if found is not None:
+                self._add_regime(case.kind, self._measured_accuracy(), found, until, another=not relieved)
 
     def _wait_for_labels(self) -> None:
         """A regime is recognised that labels must confirm (`_recall_by_labels`): till then it is a shift."""
@@ -394,6 +413,8 @@ class Treatment:
         """Without acting, an alarm still ends when the traffic is as before."""
         if self._suspicion is not None:
             self._raise_suspicion()
+        elif self.cycle.state is State.STABLE:
+            self._notice_departure()
         if self.cycle.state is State.DRIFTED:
             found = self.watch.recognised()
             back = found is not None and found.number == self._feature_regime() and self._is_served(found)
@@ -437,7 +458,9 @@ class Treatment:
                 self.happen(
                     Event.ALARM, cause="labels", statistic=round(self.watch.label_statistic, 3), onset=onset
                 )
-        with_image = [r for r in own if r.x is not None and r.label is not None]
+        with_image = [r for r in own if r.x is not None and r.label is not None and not r.feedback]
+        if self._probing() and any(r.feedback for r in own):
+            self._compare_rates()
         if with_image and (self.case.serving != SOURCE or self._probing()):
             self._compare(with_image)
         for model, right in self._right.items():
@@ -469,6 +492,26 @@ class Treatment:
                 )
 
         self.shadow.ask(versions, x, then)
+
+    def _compare_rates(self) -> None:
+        """How often were serving version and the one before called wrong, each on its own samples of the shift?
+
+        Feedback does not say what another version should have answered, so the two cannot be paired.
+        """
+        new, old = (self.labels.outcomes(self.case.onset, v) for v in (self.case.serving, self._rival()))
+        if new[0] < self._rates_at or not old[0] or not self.acting:
+            return
+        self._rates_at, self._rate_looks = 2 * new[0], self._rate_looks + 1
+        spent = 0.5**self._rate_looks  # all looks together spend no more than the whole
+        evidence = {"answers": new[0], "wrong": new[1], "previous_answers": old[0], "previous_wrong": old[1]}
+        p_worse = more_errors_p_value(new[1], new[0], old[1], old[0])
+        p_better = more_errors_p_value(old[1], old[0], new[1], new[0])
+        if p_worse <= spent * self.config.gate.rollback_alpha:
+            self.happen(Event.DISAGREED, p_val=round(p_worse, 6), **evidence)
+        elif self._relieved() and p_better <= spent * self.config.gate.alpha and self.watch.knows_shift():
+            verdict = {"outcome": "accepted", "reason": "called wrong less often", "p_val": p_better, **evidence}
+            self.store.amend(self.case.serving, verdict=verdict)
+            self.happen(Event.CONFIRMED, p_val=round(p_better, 6), **evidence)
 
     def _probing(self) -> bool:
         """Whether live labels compare the serving version with the one before."""
@@ -614,15 +657,20 @@ class Treatment:
             and case.cause == "charts"
             and not self.watch.keys
             and not self.operation.relieving
-            and self.watch.n_since() >= max(RELIEF_SAMPLES, MORE * case.relief)
+            and (
+                self.watch.n_since() >= max(MIN_WINDOW, MORE * case.relief)
+                or self.labels.n_feedback(case.onset) >= max(MORE_FEEDBACK, MORE * case.feedback)
+            )
         )
 
     def _seek_relief(self) -> None:
         case, onset = self.case, self.case.onset
         window = stack_inputs(self.ledger.since(onset, self.config.adapt.window))
-        if window is None or len(window) < max(RELIEF_SAMPLES, MORE * case.relief):
+        n_feedback = self.labels.n_feedback(onset)
+        more = n_feedback >= max(MORE_FEEDBACK, MORE * case.feedback)
+        if window is None or len(window) < (MIN_WINDOW if more else max(MIN_WINDOW, MORE * case.relief)):
             return
-        case.relief = len(window)
+        case.relief, case.feedback = len(window), n_feedback
         if self.watch.class_run() > MAX_CLASS_RUN:
             return
         found = self.watch.diagnose(errors_up=False)
@@ -643,7 +691,7 @@ class Treatment:
             self.case.proposal = version
             self.happen(Event.RELIEVED, candidate=version, images=len(window), information=carried)
 
-        self.operation.relieve(window, case.serving, suited, done)
+        self.operation.relieve(onset, window, case.serving, suited, done)
 
     def _relieve(self) -> None:
         if self.case.proven is None:
@@ -750,6 +798,7 @@ class Treatment:
         if reason != RELIEF:
             case.proven = None
         self._paired = PairedTest(self.config.gate.rollback_alpha)
+        self._rates_at, self._rate_looks = FIRST_RATES, 0
         self._probation_from = time.monotonic()
         for right in self._right.values():
             right.clear()

@@ -21,9 +21,9 @@ from tta.monitor.diagnosis import Diagnosis, diagnose
 from tta.monitor.history import History, Samples
 from tta.monitor.monitor import HISTORY, DriftMonitor
 from tta.monitor.reference import confidence
-from tta.monitor.regimes import LOOKS, WINDOW, Fingerprint, fingerprint, recognise
+from tta.monitor.regimes import LONG, LOOKS, WINDOW, Fingerprint, fingerprint, recognise
 from tta.monitor.sources import ASTRAY, Sources
-from tta.monitor.stickiness import REPEATS, SEGMENT, Stickiness, measure
+from tta.monitor.stickiness import REPEATS, SEGMENT, Stickiness, class_run, measure
 
 CHECK_EVERY = 4  # samples between two looks at which regime this is
 MIN_PRINTED = 256  # samples that make a fingerprint to be kept
@@ -31,6 +31,8 @@ MIN_SHAPE = 64  # samples that make one to see whether the traffic is still the 
 UNSURE = 48  # samples after the estimated onset that may be of before
 MOVED = 16  # samples that are compared with it
 MOVED_LOOKS = 2  # in a row that must find them elsewhere
+FAR = 1.25  # times the threshold of a fingerprint that `LONG` samples are away only if they are not of its regime
+MIN_CLASS_RUN = 24  # samples in which runs of a class are looked for before they are learned from
 CHANGES, CHANGES_WITHIN = 3, 256  # changes of regime in so many samples make a mixture
 SILENT_SAMPLES = 4096  # of others, after which a key has gone
 HUGE = 1e30  # features beyond this are no features
@@ -131,7 +133,7 @@ class Watch:
         self._since = sequence
         self._unchecked = 0
         self._shape: Fingerprint | None = None  # of the first samples of the shift
-        self._moved_at, self._moving = 0, 0
+        self._moved_at, self._moving, self._left_at = 0, 0, 0
         self.restrict(self._expected.keys)
 
     def restrict(self, keys: tuple[str, ...]) -> None:
@@ -239,7 +241,7 @@ class Watch:
         regimes, candidates = [], []
         for regime in self.library.regimes.values():
             keys = regime.keys or self.keys
-            window = self._since_look(WINDOW) if keys == self.keys else self.sources.of(every, keys)[-WINDOW:]
+            window = self._since_look(LONG) if keys == self.keys else self.sources.of(every, keys)[-LONG:]
             # Home on average is not home if one camera has shifted: whom the regime does not name is at home.
             named = set(astray) <= set(keys)
             if regime.fingerprint is not None and named and regime.number not in self.excluded:
@@ -249,7 +251,7 @@ class Watch:
         # Traffic in which regimes change within a few samples is a mixture, not one of them.
         mixed = len(self._entered) == CHANGES and self._newest - self._entered[0] < CHANGES_WITHIN
         least = WINDOW if mixed else LOOKS[0]
-        shift = None if self._shape is None else (self._shape, self._since_look(WINDOW).w)
+        shift = None if self._shape is None else (self._shape, self._since_look(LONG).w)
         found = recognise(candidates, inflation, present[0] if present else None, least, shift)
         return None if found is None else regimes[found]
 
@@ -331,7 +333,39 @@ class Watch:
         inflation = self._inflation(since)
         moving = self._shape.distance(newest.w, inflation) > ASTRAY * self._shape.threshold
         self._moving = self._moving + 1 if moving else 0
-        return int(newest.sequences[0]) if self._moving >= MOVED_LOOKS else None
+        if self._moving >= MOVED_LOOKS:
+            return int(newest.sequences[0])
+        after = since[self._shape.n_samples :]
+        return (
+            None if self._distance_of_many(self._shape, after, inflation) <= 1 else _departure(self._shape, after)
+        )
+
+    def left(self) -> Finding | None:
+        """Has the traffic left the present regime for one so near that no chart has seen it?
+
+        Charts of a regime have wide thresholds, for its scale is known from a few hundred samples; the mean of
+        many samples says surely.
+        """
+        known = self.regime.fingerprint
+        if self.regime.number == HOME or known is None or self._newest - self._left_at < CHECK_EVERY:
+            return None
+        self._left_at = self._newest
+        since = self._since_look(2 * LONG)
+        statistic = self._distance_of_many(known, since, self._inflation(since))
+        if statistic <= 1:
+            return None
+        onset = _departure(known, since)
+        deviation = (since[-LONG:].w.mean(axis=0) - known.mean) / np.sqrt(known.variance)
+        block = self.layout.names[int(self.layout.squares(deviation).argmax())]
+        lag = len(since) - int(np.searchsorted(since.sequences, onset))
+        return Finding(Alarm(0, lag, block, statistic, "fingerprint"), self._newest, onset, False)
+
+    @staticmethod
+    def _distance_of_many(known: Fingerprint, samples: Samples, inflation: float) -> float:
+        """Of the newest `LONG` samples, in units of what is surely too far; 0 if there are fewer."""
+        if len(samples) < LONG:
+            return 0.0
+        return known.distance(samples[-LONG:].w, inflation) / (FAR * known.threshold)
 
     def diagnose(self, errors_up: bool) -> Diagnosis:
         """What kind of shift the samples since the last `look_from` show."""
@@ -347,8 +381,7 @@ class Watch:
 
     def class_run(self) -> float:
         """Mean length of runs of one predicted class in the samples since the last `look_from`."""
-        found = self._since_look(self.config.window)
-        return measure(found.w, found.predictions)[1]
+        return class_run(self._since_look(self.config.window).predictions, MIN_CLASS_RUN)
 
     def predicted_loss(self) -> Loss:
         """How much accuracy the source is thought to have lost on the samples since the last `look_from`."""
@@ -413,6 +446,16 @@ class Watch:
         self.errors.load_state(part("errors"))
         self.residuals.load_state(part("residuals"))
         return True
+
+
+def _departure(known: Fingerprint, samples: Samples) -> int:
+    """Place in the stream from which samples are most clearly no longer of a regime.
+
+    That which makes the likelihood ratio of another mean from there on largest (Siegmund and Venkatraman, 1995).
+    """
+    total = np.cumsum((samples.w - known.mean)[::-1] @ known.whitening.T, axis=0)
+    evidence = np.square(total).sum(axis=1) / np.arange(1, len(total) + 1)
+    return int(samples.sequences[len(samples) - 1 - int(evidence.argmax())])
 
 
 def calibrated_for(state: Mapping[str, Array]) -> Stickiness | None:

@@ -174,6 +174,25 @@ def binomial_tail(k: int, n: int, p: float) -> float:
     return min(1.0, math.exp(top) * sum(math.exp(value - top) for value in logs))
 
 
+def more_errors_p_value(errors: int, n: int, other_errors: int, other_n: int) -> float:
+    """One-sided exact p-value for "errs more often than the other" on different samples (Fisher's test).
+
+    Args:
+        errors: of the first.
+        n: samples among which they are.
+        other_errors: of the other.
+        other_n: samples among which those are.
+    """
+    total, wrong = n + other_n, errors + other_errors
+
+    def log_choose(a: int, b: int) -> float:
+        return math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
+
+    every = log_choose(total, n)
+    ways = range(errors, min(n, wrong) + 1)
+    return min(1.0, sum(math.exp(log_choose(wrong, k) + log_choose(total - wrong, n - k) - every) for k in ways))
+
+
 def paired_p_value(new_correct: Sequence[bool], old_correct: Sequence[bool]) -> float:
     """One-sided exact p-value for "new is better than old" on the same labels (McNemar's exact test)."""
     wins = sum(1 for a, b in zip(new_correct, old_correct, strict=True) if a and not b)

@@ -77,7 +77,7 @@ class Alarm:
         lag: samples between the estimated onset (the last time the charts were quiet) and that sample.
         block: of the chart that crossed.
         statistic: the chart's value over its threshold, > 1.
-        chart: "mewma" or "conformal".
+        chart: "mewma", "conformal", or "fingerprint" where a regime was left without either having seen it.
     """
 
     index: int

@@ -69,7 +69,7 @@ def measure(w: Array, predictions: Array) -> tuple[float, float]:
         # As precise as is needed, at a fifth of the cost.
         w = np.ascontiguousarray(w[:, :: max(1, w.shape[1] // LAGS)])
     segments = [w[i : i + SEGMENT] for i in range(0, max(1, n - SEGMENT + 1), SEGMENT)]
-    return float(np.median([_repeat(segment) for segment in segments])), _class_run(predictions)
+    return float(np.median([_repeat(segment) for segment in segments])), class_run(predictions)
 
 
 def _repeat(w: Array) -> float:
@@ -123,9 +123,14 @@ def _apart(w: Array, lag: int) -> float:
     return float(apart @ apart) / len(apart)
 
 
-def _class_run(predictions: Array) -> float:
-    """Mean length of runs of one class beyond those that chance makes."""
-    if len(predictions) < MIN_CLASS_SAMPLES:
+def class_run(predictions: Array, least: int = MIN_CLASS_SAMPLES) -> float:
+    """Mean length of runs of one class beyond those that chance makes.
+
+    Args:
+        predictions: (N,) classes in order.
+        least: samples to say anything but 1 of.
+    """
+    if len(predictions) < least:
         return 1.0
     shares = np.bincount(predictions) / len(predictions)
     by_chance = float(np.square(shares).sum())
@@ -134,8 +139,8 @@ def _class_run(predictions: Array) -> float:
     return float(1 / max(1 / len(predictions), 1 - stay)) if stay > 0 else 1.0
 
 
-def nearest(repeat: float, class_run: float) -> Stickiness:
-    """The smallest of the calibrated steps that covers a measurement, within `TOLERANCE`."""
+def nearest(repeat: float, run: float) -> Stickiness:
+    """The smallest of the calibrated steps that covers a repeat and a class run, within `TOLERANCE`."""
     repeats = [r for r in REPEATS if r >= repeat - TOLERANCE]
-    runs = [r for r in CLASS_RUNS if r >= class_run / 1.5]
+    runs = [r for r in CLASS_RUNS if r >= run / 1.5]
     return Stickiness(repeats[0] if repeats else REPEATS[-1], runs[0] if runs else CLASS_RUNS[-1])
