@@ -175,10 +175,16 @@ class StreamDaemon(Daemon):
         self._observe([msgspec.msgpack.encode(header), *(np.ascontiguousarray(t).tobytes() for t in tensors)])
         return answer
 
-    def label(self, ids: list[int], labels: list[int]) -> None:
-        """Take labels as from a client."""
+    def label(self, ids: list[int], labels: list[int], feedback: bool) -> None:
+        """Take labels as from a client, or only whether the answers were these."""
         replies: list[Json] = []
-        self.control.handle(encode(Label(id=1, prediction_ids=ids, labels=labels)), replies.append)
+        if feedback:
+            found = [self.ledger.find(i) for i in ids]
+            correct = [e is not None and int(e.logits.argmax()) == y for e, y in zip(found, labels, strict=True)]
+            request = Label(id=1, prediction_ids=ids, correct=correct)
+        else:
+            request = Label(id=1, prediction_ids=ids, labels=labels)
+        self.control.handle(encode(request), replies.append)
         assert replies[0]["code"] == 0, replies[0]
 
     def turn(self) -> None:
@@ -201,6 +207,7 @@ def run(
     delay: int = 0,
     wrong: float = 0.0,
     seed: int = 0,
+    feedback: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Json:
     """Serve a stream.
@@ -213,6 +220,7 @@ def run(
         delay: images between a prediction and its label.
         wrong: share of the labels that name another class.
         seed: of the wrong labels.
+        feedback: of a labelled image say only whether the answer was right.
         tell: told of progress.
 
     Returns:
@@ -255,7 +263,7 @@ def run(
                 while due and due[0][0] < n:
                     ready.append(due.popleft()[1:])
                 if ready:
-                    daemon.label(*map(list, zip(*ready, strict=True)))
+                    daemon.label(*map(list, zip(*ready, strict=True)), feedback)
                     n_labels += len(ready)
                 daemon.turn()
             entry = {

@@ -31,11 +31,12 @@ SHOWN = {
     "replay/told": "the same, told of changes",
     "tta, proven only": "tta, nothing served that labels have not proven",
     "tta, no rehearsal": "tta, each regime learning alone",
+    "tta, right or wrong": "tta, told of no class but only right or wrong",
     "tta": "**tta**",
 }
 WITH_LABELS = ("bitta", "full", "replay", "replay/told")  # of the peers
 FEW_VISITS = 2  # of peers that take 40 passes an image
-FEW = ("cotta", "bitta")
+FEW = ("cotta", "bitta", "tta, right or wrong")
 EVENTS = ("alarm", "relieved", "accepted", "not_accepted", "settled", "moved_on", "known", "disagreed")
 
 Json = dict[str, Any]
@@ -125,7 +126,7 @@ def tables(result: Json) -> list[str]:
         "differ from the defaults in adapt.label_free: immediate, adapt.labels: 96 and gate.probation_s: 0.001, as nothing",
         "here waits for seconds. All others but the source wait for batches of 200 (or 16) and normalise by them. The stream",
         "waits for whoever adapts. Mean over the seeds there are. CoTTA and BiTTA-style were stopped after 2 visits for",
-        "their cost.",
+        "their cost, and tta with what BiTTA-style is told as well.",
         "",
         "| method | labels | seeds | first and visits | first pass | visit 2 | visit 20 | class runs | mixed | clean |",
         "| --- | --- | --- |" + " --- |" * 7,

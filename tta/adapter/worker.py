@@ -70,7 +70,7 @@ class Surgeon:
         """
         request = json.loads((folder / "request.json").read_text())
         arrays = load_file(folder / "arrays.safetensors")
-        if request["kind"] == "rehearsal":
+        if request["task"] == "rehearse":
             return self._rehearse(folder, request, arrays, progress)
         patient = self.patient
         window = patient.images(arrays["x_window"]) if "x_window" in arrays else None
@@ -84,7 +84,7 @@ class Surgeon:
         starts = starts_of(patient, self.source, self.anatomy, window, learned, remembered, progress)
         settings = msgspec.convert(request["settings"], Settings)
         labels = self._labels(arrays)
-        if request["kind"] == "relief":
+        if request["task"] == "relieve":
             if window is None:
                 raise AdaptationError("neither labels nor images to work with")
             relief = relieve(patient, starts, self.anatomy, window, labels, request["relief"], settings, progress)

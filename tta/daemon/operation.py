@@ -26,6 +26,7 @@ from tta.errors import NotFoundError
 from tta.versions import SOURCE
 
 Array = npt.NDArray[Any]
+Task = Literal["adapt", "relieve", "rehearse"]  # what the adapter does, and the phase in the metrics
 MIN_WINDOW = 32  # unlabelled images under which normalisation is not re-estimated
 CARRIED = ("serving", "source")
 NORMALISATION = "normalisation"  # what was operated on where no block was
@@ -73,8 +74,7 @@ class Operation:
         self.adapter = adapter
         self.anchor = anchor
         self._work = work
-        self.relieving = False  # whether a candidate without labels is being made
-        self.rehearsing = False  # whether candidates for all regimes are being made
+        self.under_way: Task | None = None  # at the adapter
         self.rehearsed: Path | None = None  # scales and shifts from which an operation may start
         self._job = 0  # of the operation under way; an answer to an older one is dropped
         shutil.rmtree(work, ignore_errors=True)  # requests of a daemon that was killed
@@ -101,9 +101,6 @@ class Operation:
             concluded: told how it ended.
         """
         self._make_way()
-        self._job += 1
-        self.relieving = False
-        job, began = self._job, time.monotonic()
         labelled = self.labels.select(onset, fit=True, limit=self.config.adapt.max_labels)
         if not labelled:
             concluded(Conclusion(0, 0.0, {"error": "no labels to fit"}))
@@ -112,15 +109,11 @@ class Operation:
         window = stack_inputs(self.ledger.since(onset, self.config.adapt.window))
         if window is not None and len(window) >= MIN_WINDOW:
             arrays["x_window"] = window
-        folder = self._request(job, "race", arrays, {"serving": serving, **near}, suited, relief)
 
-        def finished(header: dict[str, Any]) -> None:
-            self.metrics.phase_s.labels("adapt").observe(time.monotonic() - began)
-            if job == self._job:
-                self._candidate(folder, header, onset, serving, alpha, concluded)
-            shutil.rmtree(folder, ignore_errors=True)
+        def finished(folder: Path, header: dict[str, Any]) -> None:
+            self._candidate(folder, header, onset, serving, alpha, concluded)
 
-        self.adapter.submit(folder, finished)
+        self._submit("adapt", arrays, {"serving": serving, **near}, suited, relief, {}, finished)
 
     def _to_fit(self, labelled: list[Labelled], onset: int) -> dict[str, Array]:
         """Images and classes, and those of which only "right" or "wrong" is known since the onset."""
@@ -148,28 +141,20 @@ class Operation:
                 and "candidate" carry.
         """
         self._make_way()
-        self._job += 1
-        job, began = self._job, time.monotonic()
-        self.relieving = True
         arrays = {"x_window": window, **self._to_fit([], onset)}
-        folder = self._request(job, "relief", arrays, {"serving": serving}, suited, suited)
 
-        def finished(header: dict[str, Any]) -> None:
-            if job == self._job:
-                self.relieving = False
-                self.metrics.phase_s.labels("relieve").observe(time.monotonic() - began)
-                if header["op"] == "failed":
-                    self._count("", "failed")
-                    done(0, {})
-                else:
-                    carried = header["information"]
-                    others = {n: carried.get(n, carried["source"]) for n in CARRIED}
-                    report = {"information": carried, "n_window": len(window)}
-                    version = self._keep(folder / "candidate", header["block"], header["start"], report)
-                    done(version, {"candidate": carried["candidate"], **others})
-            shutil.rmtree(folder, ignore_errors=True)
+        def finished(folder: Path, header: dict[str, Any]) -> None:
+            if header["op"] == "failed":
+                self._count("", "failed")
+                done(0, {})
+            else:
+                carried = header["information"]
+                others = {n: carried.get(n, carried["source"]) for n in CARRIED}
+                report = {"information": carried, "n_window": len(window)}
+                version = self._keep(folder / "candidate", header["block"], header["start"], report)
+                done(version, {"candidate": carried["candidate"], **others})
 
-        self.adapter.submit(folder, finished)
+        self._submit("relieve", arrays, {"serving": serving}, suited, suited, {}, finished)
 
     def rehearse(
         self,
@@ -184,65 +169,66 @@ class Operation:
             labelled: regime number to images and classes to fit, where there are any.
             done: gets regime number to candidate, empty if there can be none, and the file of what was learned.
         """
-        self._job += 1
-        job, began = self._job, time.monotonic()
-        self.rehearsing = True
         arrays = {f"{k}_{n}": a for n, pair in labelled.items() for k, a in zip("xy", pair, strict=True) if len(a)}
+
+        def finished(folder: Path, header: dict[str, Any]) -> None:
+            if header["op"] == "failed":
+                self._count(SCALES, "failed")
+                done({}, b"")
+            else:
+                report = {"regimes": sorted(images), "seconds": header["seconds"]}
+                versions = {n: self._keep(folder / f"candidate-{n}", SCALES, "rehearsed", report) for n in images}
+                done(versions, (folder / "rehearsed.safetensors").read_bytes())
+
         memories = {str(n): str(path) for n, path in images.items()}
-        folder = self._request(job, "rehearsal", arrays, {}, "", "", memories)
+        self._submit("rehearse", arrays, {}, "", "", memories, finished)
 
-        def finished(header: dict[str, Any]) -> None:
-            if job == self._job:
-                self.rehearsing = False
-                self.metrics.phase_s.labels("rehearse").observe(time.monotonic() - began)
-                if header["op"] == "failed":
-                    self._count(SCALES, "failed")
-                    done({}, b"")
-                else:
-                    report = {"regimes": sorted(images), "seconds": header["seconds"]}
-                    versions = {
-                        n: self._keep(folder / f"candidate-{n}", SCALES, "rehearsed", report) for n in images
-                    }
-                    done(versions, (folder / "rehearsed.safetensors").read_bytes())
-            shutil.rmtree(folder, ignore_errors=True)
-
-        self.adapter.submit(folder, finished)
-
-    def _request(
+    def _submit(
         self,
-        job: int,
-        kind: Literal["race", "relief", "rehearsal"],
+        task: Task,
         arrays: Mapping[str, Array],
         starts: Mapping[str, int],
         suited: str,
         relief: str,
-        memories: Mapping[str, str] | None = None,
-    ) -> Path:
-        """Write what the adapter is to work on; the source needs no folder."""
+        memories: Mapping[str, str],
+        finished: Callable[[Path, dict[str, Any]], None],
+    ) -> None:
+        """Give the adapter work; `finished` gets its folder and answer, unless it has been given up by then."""
+        self._job += 1
+        self.under_way = task
+        job, began = self._job, time.monotonic()
         folder = self._work / f"request-{job}"
         folder.mkdir(parents=True)
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
         folders = {name: self.store.folder(v) for name, v in starts.items()}
         request = {
-            "kind": kind,
+            "task": task,
             "suited": suited,
             "relief": relief,
             "starts": {name: str(path) for name, path in folders.items() if path is not None},
             "rehearsed": str(self.rehearsed or ""),
-            "memories": memories or {},
+            "memories": memories,
             "settings": race_settings(self.config.adapt),
         }
         (folder / "request.json").write_text(json.dumps(request))
-        return folder
+
+        def answered(header: dict[str, Any]) -> None:
+            if job == self._job:
+                self.under_way = None
+                self.metrics.phase_s.labels(task).observe(time.monotonic() - began)
+                finished(folder, header)
+            shutil.rmtree(folder, ignore_errors=True)
+
+        self.adapter.submit(folder, answered)
 
     def _make_way(self) -> None:
         """A shift cannot wait for a rehearsal."""
-        if self.rehearsing:
+        if self.under_way == "rehearse":
             self.cancel()
 
     def cancel(self) -> None:
         """Give up the operation under way."""
-        self.relieving = self.rehearsing = False
+        self.under_way = None
         self._job += 1
         self.adapter.cancel()
 

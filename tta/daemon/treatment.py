@@ -543,7 +543,7 @@ class Treatment:
             # A restarted daemon has to see the traffic again before it judges it.
             seen = self.watch.n_since() >= WINDOW
             if have >= self.case.wanted and (seen or self.case.forced):
-                if not self.operation.relieving:
+                if self.operation.under_way != "relieve":
                     self._decide_whether_to_adapt(have)
             elif self._is_settled():
                 self.happen(Event.SETTLED, labels=have, kind=self.case.kind)
@@ -656,7 +656,7 @@ class Treatment:
             and case.actionable
             and case.cause == "charts"
             and not self.watch.keys
-            and not self.operation.relieving
+            and self.operation.under_way != "relieve"
             and (
                 self.watch.n_since() >= max(MIN_WINDOW, MORE * case.relief)
                 or self.labels.n_feedback(case.onset) >= max(MORE_FEEDBACK, MORE * case.feedback)
@@ -905,7 +905,7 @@ class Treatment:
 
     def give_up_adapting(self, why: str) -> None:
         """End an adaptation or rehearsal under way; labels wanted stay as they are."""
-        if self.operation.rehearsing:
+        if self.operation.under_way == "rehearse":
             self.operation.cancel()
         if self.cycle.state is State.ADAPTING:
             self.operation.cancel()

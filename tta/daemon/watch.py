@@ -235,6 +235,7 @@ class Watch:
             return None
         self._unchecked = 0
         every = self.monitor.history.since(self._since)
+        self._take_shape(self._since_look(self.monitor.history.capacity))
         home = self.library.regimes[HOME].fingerprint
         inflation = self._inflation(every)
         astray = self.sources.shifted(every[-4 * WINDOW :], home, inflation) if home is not None else ()
@@ -257,7 +258,10 @@ class Watch:
 
     def _inflation(self, every: Samples) -> float:
         """What chance is to be multiplied by: as the thresholds have it, if these samples bear it out."""
-        repeat, _ = measure(every[-SEGMENT:].w, every[-SEGMENT:].predictions)
+        if self.monitor.inflation <= 1:
+            return 1.0
+        newest = every[-SEGMENT:]
+        repeat, _ = measure(newest.w, newest.predictions, 0)  # asked too often for more than a first impression
         return min(self.monitor.inflation, Stickiness(min(repeat, REPEATS[-1])).inflation)
 
     def nearest_regimes(self, n: int) -> list[Regime]:
@@ -327,9 +331,9 @@ class Watch:
         since = self._since_look(self.monitor.history.capacity)
         if len(since) < MIN_SHAPE + MOVED:
             return None
-        older, newest = since[:-MOVED][: self.config.window], since[-MOVED:]
-        if self._shape is None or (len(older) >= 2 * self._shape.n_samples and not self._moving):
-            self._shape = fingerprint(older.w, older.predictions)
+        self._take_shape(since)
+        assert self._shape is not None
+        newest = since[-MOVED:]
         inflation = self._inflation(since)
         moving = self._shape.distance(newest.w, inflation) > ASTRAY * self._shape.threshold
         self._moving = self._moving + 1 if moving else 0
@@ -339,6 +343,13 @@ class Watch:
         return (
             None if self._distance_of_many(self._shape, after, inflation) <= 1 else _departure(self._shape, after)
         )
+
+    def _take_shape(self, since: Samples) -> None:
+        """What the first samples of the shift look like, once there are enough; anew of twice as many."""
+        older = since[:-MOVED][: self.config.window]
+        grown = self._shape is None or (len(older) >= 2 * self._shape.n_samples and not self._moving)
+        if grown and len(older) >= MIN_SHAPE:
+            self._shape = fingerprint(older.w, older.predictions)
 
     def left(self) -> Finding | None:
         """Has the traffic left the present regime for one so near that no chart has seen it?

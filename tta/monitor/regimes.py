@@ -100,11 +100,11 @@ def recognise(
     Args:
         candidates: each regime, and the newest residuals (n, D) to judge it by.
         inflation: of the variance of a mean by stickiness.
-        present: index of the regime the traffic was in. It is found again only by a whole `WINDOW`, and no other
-            is found by samples that may well be its own.
+        present: index of the regime the traffic was in. It is found again only by a whole `WINDOW` or more, and no
+            other is found by samples that may well be its own.
         least: samples a look must have.
         shift: what the present shift looks like, if it is none of the regimes, and the newest residuals: while it
-            explains those, a regime is found by a whole `WINDOW` only.
+            explains those, a regime is found only by as many as there are, from `WINDOW` on.
 
     Returns:
         Index of the regime, or None if the traffic is like none of them, or like several.
@@ -114,17 +114,19 @@ def recognise(
         found, w = candidate
         return found.distance(w[-n:], inflation) / found.threshold if len(w) >= n else np.inf
 
-    explained = [c for c in (shift, None if present is None else candidates[present]) if c is not None]
+    n_shift = 0 if shift is None else len(shift[1])
     for n in LOOKS if candidates else ():
         if n < least:
             continue
-        if n < WINDOW and any(ratio(c, n) <= 1 for c in explained):
+        if n < WINDOW and present is not None and ratio(candidates[present], n) <= 1:
+            continue
+        if shift is not None and n < (LONG if n_shift >= LONG else WINDOW) and ratio(shift, n) <= 1:
             continue
         ratios = [ratio(c, n) for c in candidates]
         best = int(np.argmin(ratios))
         others = min((r for i, r in enumerate(ratios) if i != best), default=np.inf)
         if ratios[best] > 1 or others < ratios[best] * (1 + LEAD / np.sqrt(n)):
             continue
-        if present is None or (best == present and n == WINDOW) or (best != present and ratios[present] > 1):
+        if present is None or (best == present and n >= WINDOW) or (best != present and ratios[present] > 1):
             return best
     return None

@@ -24,6 +24,7 @@ MIN_PART = 4  # samples on either side of a change
 CUT_BIAS = 4.0  # slow traffic is taken for a change in part: measured repeat is low by this over n
 COPIES = 0.15  # of the distances of neighbours the 20 % quantile over the 95 % one, under which some are copies
 MIN_CLASS_SAMPLES = 64
+ORDERS = 24  # that samples are put into by chance, to see what chance makes of them
 STILL = 0.01  # of what independent samples of the reference differ, under which all are copies of one
 
 
@@ -49,7 +50,7 @@ class Stickiness:
         return (1 + self.repeat) / (1 - self.repeat)
 
 
-def measure(w: Array, predictions: Array) -> tuple[float, float]:
+def measure(w: Array, predictions: Array, orders: int = ORDERS) -> tuple[float, float]:
     """Repeat and mean class run of samples in order.
 
     Near samples are compared with samples far apart, not with the reference: a shift leaves the result as it is.
@@ -58,6 +59,7 @@ def measure(w: Array, predictions: Array) -> tuple[float, float]:
     Args:
         w: (N, D) residuals.
         predictions: (N,) predicted classes.
+        orders: other orders of the samples, in none of which they may seem as sticky; for 0 that may be chance.
 
     Returns:
         (repeat in [0, 1), mean class run in samples); (0, 1) for fewer than 6 samples.
@@ -69,11 +71,21 @@ def measure(w: Array, predictions: Array) -> tuple[float, float]:
         # As precise as is needed, at a fifth of the cost.
         w = np.ascontiguousarray(w[:, :: max(1, w.shape[1] // LAGS)])
     segments = [w[i : i + SEGMENT] for i in range(0, max(1, n - SEGMENT + 1), SEGMENT)]
-    return float(np.median([_repeat(segment) for segment in segments])), class_run(predictions)
+    return float(np.median([_repeat(segment, orders) for segment in segments])), class_run(predictions)
 
 
-def _repeat(w: Array) -> float:
+def _repeat(w: Array, orders: int) -> float:
     """Of one segment; see `measure`."""
+    found = _repeat_by_order(w)
+    if TOLERANCE < found < 1:
+        rng = np.random.default_rng(len(w))
+        others = (_repeat_by_order(rng.permutation(w)) for _ in range(orders))
+        found = 0.0 if any(other >= found for other in others) else found
+    return found
+
+
+def _repeat_by_order(w: Array) -> float:
+    """As it seems; of few samples, or of features that are much alike, it is often chance."""
     n = len(w)
     copies = _share_of_copies(w) if n >= MIN_CUT else None
     if n >= MIN_CUT and copies is None:
