@@ -38,9 +38,8 @@ OURS: dict[str, dict[str, Any]] = {
     "tta": {"adapt.label_free": "immediate"},
     "tta, proven only": {},
     "tta, no rehearsal": {"adapt.label_free": "immediate", "adapt.rehearsal": "off"},
-    "tta, right or wrong": {"adapt.label_free": "immediate"},
+    report.FEEDBACK: {"adapt.label_free": "immediate"},
 }
-FEEDBACK = "tta, right or wrong"  # of a labelled image only whether the answer was right
 MANY_SEEDS = ("source", "bn", "eata", "eta")  # the two best peers among them
 PEERS = ("source", "bn", "roid", "replay", "tent", "eata", "eta", "full")
 TOLD = ("eata/told", "eta/told", "bn/told", "replay/told")
@@ -87,7 +86,7 @@ def cells() -> list[Cell]:
     found += [Cell("tta, proven only"), Cell("tta", visits=SHORT, wrong=0.2)]
     found += [Cell("tta", visits=SHORT, delay=100), Cell("tta", visits=SHORT, wrong=0.05)]
     found += [Cell(m, seed) for seed in range(1, SEEDS) for m in MANY_SEEDS]
-    found += [Cell(m, visits=report.FEW_VISITS) for m in (FEEDBACK, *SLOW_PEERS)]
+    found += [Cell(m, visits=report.FEW_VISITS) for m in (report.FEEDBACK, *SLOW_PEERS)]
     return [*found, Cell("tta, no rehearsal")]
 
 
@@ -127,7 +126,7 @@ def compute(cell: Cell, path: Path) -> None:
             state = Path(tempfile.mkdtemp(prefix="tta-stream-"))
             settings = {**SETTINGS, **OURS[cell.method]}
             try:
-                feedback = cell.method == FEEDBACK
+                feedback = cell.method == report.FEEDBACK
                 found = ours.run(
                     segments,
                     bundle,

@@ -11,6 +11,7 @@ from bench.corruptions import CORRUPTIONS
 from bench.stream.data import LABELS, N_FIRST, N_START, N_VISIT, N_VISITS, VISIT_VARIES
 
 PARTS = ("first", "visits", "correlated", "mixed", "clean")
+FEEDBACK = "tta, right or wrong"  # of a labelled image only whether the answer was right
 SHOWN = {
     "source": "source",
     "bn": "BN-1",
@@ -31,12 +32,12 @@ SHOWN = {
     "replay/told": "the same, told of changes",
     "tta, proven only": "tta, nothing served that labels have not proven",
     "tta, no rehearsal": "tta, each regime learning alone",
-    "tta, right or wrong": "tta, told of no class but only right or wrong",
+    FEEDBACK: "tta, told of no class but only right or wrong",
     "tta": "**tta**",
 }
 WITH_LABELS = ("bitta", "full", "replay", "replay/told")  # of the peers
 FEW_VISITS = 2  # of peers that take 40 passes an image
-FEW = ("cotta", "bitta", "tta, right or wrong")
+FEW = ("cotta", "bitta", FEEDBACK)
 EVENTS = ("alarm", "relieved", "accepted", "not_accepted", "settled", "moved_on", "known", "disagreed")
 
 Json = dict[str, Any]
