@@ -11,9 +11,11 @@ the paper's do not. Writes `results/adaptation.{json,md,png}`.
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +27,7 @@ import torch
 from bench.cifar import CACHE
 from bench.corruptions import APPROXIMATE, CORRUPTIONS
 from bench.shifts import N_WINDOW, SEVERITY, Shift, load_shift
-from bench.stamp import stamp
+from bench.stamp import code_hash, stamp
 from tta.adapter.race import Race, Settings
 from tta.adapter.starts import starts_of
 from tta.adapter.views import Labels
@@ -102,27 +104,30 @@ def run_cell(name: str, n_labels: int, method: str, seed: int) -> Json:
 
 def wanted(n_seeds: int) -> list[tuple[str, int, str, int]]:
     """Every cell, the most telling first."""
-    first = ("source", "batch-norm", "race", "all", "block1", "head", "block2", "block3")
-    order = (*first, *(m for m in METHODS if m not in first))
-    cells = []
-    for seed in range(n_seeds):
-        cells += [(shift, n, method, seed) for method in order for n in (64, 256) for shift in CORE]
-        if seed == 0:
-            others = [c for c in CORRUPTIONS if c not in CORE]
-            cells += [(shift, n, m, 0) for n in (16, 1000) for m in ("all", "block1", "race") for shift in CORE]
-            cells += [
-                (shift, 256, m, 0) for m in ("source", "batch-norm", "race", "all", "block1") for shift in others
-            ]
-    return cells
+    first = ("source", "batch-norm", "race", "all", "block1", "head", "all-rates", "block2", "block3")
+    others = [c for c in CORRUPTIONS if c not in CORE]
+
+    def core(methods: Sequence[str], n_seeds: int) -> list[tuple[str, int, str, int]]:
+        every = itertools.product(range(n_seeds), methods, (64, 256), CORE)
+        return [(shift, n, method, seed) for seed, method, n, shift in every]
+
+    return [
+        *core(first, 1),
+        *((shift, 256, m, 0) for m in ("source", "batch-norm", "race", "all", "block1") for shift in others),
+        *((shift, 16, m, 0) for m in ("race", "all", "block1") for shift in CORE),
+        *core([m for m in METHODS if m not in first], 1),
+        *core(first, n_seeds)[len(core(first, 1)) :],
+        *((shift, 1000, m, 0) for m in ("race", "all", "block1") for shift in CORE),
+        *core([m for m in METHODS if m not in first], n_seeds)[len(core(METHODS, 1)) - len(core(first, 1)) :],
+    ]
 
 
-def code_hash() -> str:
+def cells_hash() -> str:
     """Of everything a cell depends on."""
-    digest = hashlib.sha256(repr((settings_of("race", True, 0), GateConfig().alpha)).encode())
-    for name in ("criteria", "methods", "patient", "race", "starts", "surgery", "views"):
-        digest.update((ROOT / "tta" / "adapter" / f"{name}.py").read_bytes())
-    digest.update(Path(__file__).with_name("shifts.py").read_bytes())
-    return digest.hexdigest()[:16]
+    settings = repr((settings_of("race", True, 0), GateConfig().alpha))
+    names = ("criteria", "methods", "patient", "race", "starts", "surgery", "views")
+    does = code_hash(*(f"tta/adapter/{name}.py" for name in names), "bench/shifts.py")
+    return hashlib.sha256((settings + does).encode()).hexdigest()[:16]
 
 
 def path_of(cell: tuple[str, int, str, int], code: str) -> Path:
@@ -190,7 +195,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="cells at a time, one thread each")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
-    code, cells = code_hash(), wanted(arguments.seeds)
+    code, cells = cells_hash(), wanted(arguments.seeds)
     unpack(code)
     run(cells, code, arguments.budget_minutes, arguments.processes)
     found: Json = {}
