@@ -171,6 +171,8 @@ def run(cells: list[tuple[str, int, str, int]], code: str, minutes: float, proce
     queue = list(missing.items())
     end = time.monotonic() + 60 * minutes
     (CACHE / "adaptation" / code).mkdir(parents=True, exist_ok=True)
+    for name in {cell[0] for _, cell in queue}:
+        load_shift(name)  # here once, since some train a model first
     done = 0
     with ProcessPoolExecutor(processes) as pool:
         running: dict[Any, Any] = {}

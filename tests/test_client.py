@@ -145,11 +145,13 @@ def test_a_label_sent_twice_is_no_new_evidence(daemon: DaemonProcess, stream: tu
 
 def test_a_label_always_finds_its_prediction(daemon: DaemonProcess, stream: tuple) -> None:
     """Labels sent at once after the answer are joined, also while others flood the control socket."""
-    with daemon.client() as client, daemon.client() as busy:
+    with daemon.client() as client, zmq.Context() as context, context.socket(zmq.DEALER) as busy:
+        busy.setsockopt(zmq.LINGER, 0)
+        busy.connect(daemon.control)
         outcomes = []
         for i in range(60):
             for _ in range(8):
-                busy._socket("control").send_multipart(tta.protocol.encode(Status(id=i)))
+                busy.send_multipart(tta.protocol.encode(Status(id=i)))
             answer = client.predict(stream[0][i])
             outcomes += client.label(answer.prediction_ids, [0])
 

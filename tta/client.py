@@ -1,12 +1,16 @@
-"""Client and AsyncClient: predictions and labels over ZeroMQ. Needs numpy and pyzmq only.
+"""Client and AsyncClient: predictions and labels over ZeroMQ. Needs numpy, msgspec and pyzmq only.
 
-One client belongs to one thread. Errors are those of `tta.errors`, raised as the daemon answered them.
+One client belongs to one thread. Errors are those of `tta.errors`, raised as the daemon answered them. Where a
+request goes, and when again, is decided in `tta.outstanding`; here is only the sending and waiting.
 """
 
 import asyncio
 import itertools
+import math
+import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,12 +20,16 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
 
 from tta import protocol
-from tta.errors import Code, ConfigError, DeadlineError, InputError, PreconditionError, from_wire
+from tta.errors import Code, ConfigError, DeadlineError, InputError, PreconditionError, TTAError, from_wire
+from tta.outstanding import Answer, Outstanding
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 DEFAULT_CONTROL = "tcp://127.0.0.1:5556"
+ATTEMPTS = 4  # at most, of a request without an answer, in its time
+MAX_POLL_S = 60.0  # a poll takes no infinity
 
 Images = npt.NDArray[np.uint8]
 
@@ -58,20 +66,23 @@ class Prediction:
         return list(range(self.prediction_id, self.prediction_id + len(self.logits)))
 
 
-def _predict_frames(request_id: int, x: Images, deadline_s: float | None, key: str | None) -> list[bytes]:
+def _batch(x: Images) -> Images:
     x = np.asarray(x)
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise InputError(f"expected images (N, H, W, C) or (H, W, C) of uint8, got {x.dtype}{x.shape}")
-    x = x[None] if x.ndim == 3 else x
-    request = protocol.Predict(
-        id=request_id, dtype=str(x.dtype), shape=list(x.shape), deadline_s=deadline_s, key=key
-    )
-    return protocol.encode(request, x)
+    return x[None] if x.ndim == 3 else x
 
 
-def _prediction(frames: list[bytes]) -> Prediction:
-    header, payload = _checked(frames)
-    logits = np.frombuffer(payload[0], "<f4").reshape(header["shape"])
+def _opened(answer: Answer) -> tuple[dict[str, Any], list[bytes]]:
+    """Header and tensors of an answer, or the error it is."""
+    if isinstance(answer, TTAError):
+        raise answer
+    return answer
+
+
+def _prediction(answer: Answer) -> Prediction:
+    header, tensors = _opened(answer)
+    logits = np.frombuffer(tensors[0], "<f4").reshape(header["shape"])
     return Prediction(
         header["id"],
         logits,
@@ -82,13 +93,14 @@ def _prediction(frames: list[bytes]) -> Prediction:
     )
 
 
-def _checked(frames: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
-    header, payload = protocol.decode_reply(frames)
+def _checked(frames: list[bytes]) -> dict[str, Any]:
+    """The header of a reply on the control socket, or the error it tells."""
+    header, _ = protocol.decode_reply(frames)
     if header["code"] != Code.OK:
         error = from_wire(header["code"], header.get("error", ""), header.get("retry_after_s"))
         error.add_note(f"request {header.get('id')}")
         raise error
-    return header, payload
+    return header
 
 
 def _label_request(
@@ -111,26 +123,86 @@ def _label_request(
     return protocol.encode(request, x)
 
 
-class Client:
+class _Connections:
+    """What both clients have: names, endpoints, and the requests that are not answered."""
+
+    def __init__(
+        self,
+        endpoint: str | Sequence[str],
+        control: str,
+        timeout_s: float,
+        window: int | None,
+        retry: bool,
+    ) -> None:
+        self.timeout_s = timeout_s
+        names = endpoint.split(",") if isinstance(endpoint, str) else list(endpoint)
+        self._endpoints = [name.strip() for name in names]
+        self._control = control
+        self._name = secrets.token_hex(8)  # under which servers know a request that comes again
+        self._ids = itertools.count(1)
+        self._outstanding = Outstanding(
+            len(self._endpoints),
+            window,
+            timeout_s / ATTEMPTS if retry else None,
+            f"no answer from {', '.join(self._endpoints)} within {timeout_s} s: is tta serving?",
+        )
+
+    def _add(self, x: Images, deadline_s: float | None, key: str | None, observe: bool) -> int:
+        """Take a request for images; it goes with the next turn."""
+        x = _batch(x)
+        request = protocol.Predict(
+            id=next(self._ids),
+            dtype=str(x.dtype),
+            shape=list(x.shape),
+            deadline_s=deadline_s,
+            key=key,
+            client=self._name,
+            observe=observe,
+        )
+        now = time.monotonic()
+        expires = now + self.timeout_s
+        retry_until = expires if deadline_s is None else min(expires, now + deadline_s)
+        self._outstanding.add(request.id, protocol.encode(request, x), len(x), expires, retry_until)
+        return int(request.id)
+
+    def _add_question(self, request: protocol.Request) -> int | str:
+        """Take a request without images."""
+        request.id = next(self._ids)
+        expires = time.monotonic() + self.timeout_s
+        self._outstanding.add(request.id, protocol.encode(request), 0, expires, expires)
+        return request.id
+
+    def _control_silence(self) -> DeadlineError:
+        return DeadlineError(f"no answer from {self._control} within {self.timeout_s} s: is tta serving?")
+
+
+class Client(_Connections):
     """A blocking client.
 
     Args:
-        endpoint: where the server takes predictions.
+        endpoint: where servers take predictions; several (a list, or one text with commas) share the load, and one
+            that falls silent is left out until it answers again.
         control: where the daemon takes labels and commands.
         timeout_s: how long any call waits for its answer.
+        window: images unanswered at one server at most; None: what the server grants. Further requests wait.
+        retry: send a request again that was refused for overload, or had no answer in a quarter of `timeout_s`;
+            the server knows it by its id and computes it once.
     """
 
     def __init__(
         self,
-        endpoint: str = DEFAULT_ENDPOINT,
+        endpoint: str | Sequence[str] = DEFAULT_ENDPOINT,
         control: str = DEFAULT_CONTROL,
         timeout_s: float = 10.0,
+        window: int | None = None,
+        retry: bool = True,
     ) -> None:
-        self.timeout_s = timeout_s
-        self._endpoints = {"data": endpoint, "control": control}
+        super().__init__(endpoint, control, timeout_s, window, retry)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._ids = itertools.count(1)
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._monitors: list[zmq.Socket[bytes]] = []
+        self._control_socket: zmq.Socket[bytes] | None = None
+        self._poller = zmq.Poller()
 
     def __enter__(self) -> "Client":
         return self
@@ -140,51 +212,91 @@ class Client:
 
     def close(self) -> None:
         """Close the sockets; what was not sent is dropped."""
+        for socket in self._sockets:
+            socket.disable_monitor()
         self._context.destroy(linger=0)
 
-    def predict(self, x: Images, deadline_s: float | None = None, key: str | None = None) -> Prediction:
+    def predict(
+        self, x: Images, deadline_s: float | None = None, key: str | None = None, observe: bool = True
+    ) -> Prediction:
         """Classify images.
 
         Args:
             x: (N, H, W, C) or (H, W, C) uint8 of the model's size.
             deadline_s: let the server drop the request if it cannot start in time.
             key: who sent it (a camera, say).
+            observe: False keeps the images away from the monitor: probes and load tests are no traffic.
 
         Raises:
             TTAError: whatever the server answered; DeadlineError also if nothing came in `timeout_s`.
         """
-        request_id = self.submit(x, deadline_s, key)
-        for frames in self._receive("data", self.timeout_s):
-            if protocol.reply_id(frames) == request_id:
-                return _prediction(frames)
-        raise DeadlineError(f"no answer from {self._endpoints['data']} within {self.timeout_s} s: is tta serving?")
+        return _prediction(self._wait(self.submit(x, deadline_s, key, observe)))
 
-    def submit(self, x: Images, deadline_s: float | None = None, key: str | None = None) -> int:
-        """Send a request without waiting; its answer comes out of `results`. Returns its id."""
-        request_id = next(self._ids)
-        self._socket("data").send_multipart(_predict_frames(request_id, x, deadline_s, key))
+    def predict_many(
+        self,
+        batches: Iterable[Images],
+        deadline_s: float | None = None,
+        key: str | None = None,
+        observe: bool = True,
+    ) -> Iterator[Prediction]:
+        """Classify many batches, as many at a time as the servers grant; the answers come in order.
+
+        Args:
+            batches: each as `predict` takes it.
+            deadline_s: see `predict`; so are the others.
+            key: see `predict`.
+            observe: see `predict`.
+
+        Raises:
+            TTAError: the first that any of them was answered.
+        """
+        waiting: deque[int] = deque()
+        for x in batches:
+            waiting.append(self.submit(x, deadline_s, key, observe))
+            while waiting and waiting[0] in self._outstanding.finished:
+                yield _prediction(self._wait(waiting.popleft()))
+        while waiting:
+            yield _prediction(self._wait(waiting.popleft()))
+
+    def submit(
+        self, x: Images, deadline_s: float | None = None, key: str | None = None, observe: bool = True
+    ) -> int:
+        """Send a request without waiting for its answer, which comes out of `results`. Returns its id.
+
+        Waits while as many images are unanswered as the servers grant.
+        """
+        request_id = self._add(x, deadline_s, key, observe)
+        self._turn(0.0)
+        while self._outstanding.is_waiting(request_id):
+            self._turn(float("inf"))
         return request_id
 
     def results(self, timeout_s: float = 0.0) -> Iterator[tuple[int | str, Prediction | Exception]]:
         """Answers that have arrived, in order of arrival, waiting up to `timeout_s` for the first."""
-        for frames in self._receive("data", timeout_s, first_only=True):
-            request_id = protocol.reply_id(frames)
+        end = time.monotonic() + timeout_s
+        self._turn(0.0)
+        while not self._outstanding.finished and time.monotonic() < end:
+            self._turn(end)
+        while self._outstanding.finished:
+            request_id = next(iter(self._outstanding.finished))
             try:
-                yield request_id, _prediction(frames)
-            except Exception as error:  # handed to the caller beside the id it belongs to
+                yield request_id, _prediction(self._outstanding.finished.pop(request_id))
+            except TTAError as error:  # handed to the caller beside the id it belongs to
                 yield request_id, error
 
     def cancel(self, request_id: int) -> None:
-        """Ask for a submitted request to be dropped; both are answered through `results`."""
-        self._socket("data").send_multipart(protocol.encode(protocol.Cancel(id=request_id)))
+        """Ask for a submitted request to be dropped; its result is a CancelledError, or it came too late."""
+        endpoint = self._outstanding.cancel(request_id)
+        if endpoint is not None:
+            self._sockets[endpoint].send_multipart(protocol.encode(protocol.Cancel(id=request_id)))
 
     def metadata(self) -> dict[str, Any]:
         """Name, inputs, outputs, classes and version of the served model."""
-        return self._call("data", protocol.Metadata(id=next(self._ids)))
+        return self._ask(protocol.Metadata())
 
     def ready(self) -> bool:
-        """Whether the server takes predictions."""
-        return bool(self._call("data", protocol.Ready(id=next(self._ids)))["ready"])
+        """Whether a server takes predictions."""
+        return bool(self._ask(protocol.Ready())["ready"])
 
     def daemon_ready(self) -> bool:
         """Whether the daemon answers and its server takes predictions."""
@@ -209,13 +321,14 @@ class Client:
             For each: "joined", "no_input" (counted, but the image is not kept), "expired" or "unknown".
             When this returns, joined labels are on disk.
         """
-        frames = _label_request(next(self._ids), prediction_ids, labels, correct, x)
-        return list(self._exchange("control", frames)["outcomes"])
+        return list(
+            self._exchange(_label_request(next(self._ids), prediction_ids, labels, correct, x))["outcomes"]
+        )
 
     def call(self, request: protocol.Request) -> dict[str, Any]:
         """Send any control request and return its reply's fields."""
         request.id = next(self._ids)
-        return self._call("control", request)
+        return self._exchange(protocol.encode(request))
 
     def status(self) -> dict[str, Any]:
         """The daemon's state."""
@@ -225,29 +338,61 @@ class Client:
         """Every version in the store, oldest first."""
         return list(self.call(protocol.Versions())["versions"])
 
-    def _call(self, kind: str, request: protocol.Request) -> dict[str, Any]:
-        return self._exchange(kind, protocol.encode(request))
-
-    def _exchange(self, kind: str, message: list[bytes]) -> dict[str, Any]:
-        self._socket(kind).send_multipart(message)
-        request_id = protocol.request_id(message)
-        for frames in self._receive(kind, self.timeout_s):
-            if protocol.reply_id(frames) == request_id:
-                return _checked(frames)[0]
-        raise DeadlineError(f"no answer from {self._endpoints[kind]} within {self.timeout_s} s: is tta serving?")
-
-    def _socket(self, kind: str) -> "zmq.Socket[bytes]":
-        if kind not in self._sockets:
-            self._sockets[kind] = _connect(self._context, self._endpoints[kind], self.timeout_s)
-        return self._sockets[kind]
-
-    def _receive(self, kind: str, timeout_s: float, first_only: bool = False) -> Iterator[list[bytes]]:
-        socket = self._socket(kind)
-        end = time.monotonic() + timeout_s
+    def _exchange(self, message: list[bytes]) -> dict[str, Any]:
+        """Send a control request and wait for its reply."""
+        if self._control_socket is None:
+            self._control_socket = _connect(self._context, self._control, self.timeout_s)
+        socket, request_id = self._control_socket, protocol.request_id(message)
+        socket.send_multipart(message)
+        end = time.monotonic() + self.timeout_s
         while socket.poll(max(0, round((end - time.monotonic()) * 1000))):
-            yield socket.recv_multipart()
-            if first_only:  # the rest only if it is there already
-                end = 0.0
+            frames = socket.recv_multipart()
+            if protocol.reply_id(frames) == request_id:
+                return _checked(frames)
+        raise self._control_silence()
+
+    def _ask(self, request: protocol.Request) -> dict[str, Any]:
+        return _opened(self._wait(self._add_question(request)))[0]
+
+    def _wait(self, request_id: int | str) -> Answer:
+        while request_id not in self._outstanding.finished:
+            self._turn(float("inf"))
+        return self._outstanding.finished.pop(request_id)
+
+    def _turn(self, until: float) -> None:
+        """Take what has arrived, send what is due; if that finished nothing, wait for more up to `until`."""
+        if not self._sockets:
+            self._open()
+        before = len(self._outstanding.finished)
+        self._take(0.0)
+        now = time.monotonic()
+        for endpoint, frames in self._outstanding.advance(now):
+            self._sockets[endpoint].send_multipart(frames)
+        if len(self._outstanding.finished) == before and until > now:
+            self._take(min(until, self._outstanding.wake_at()) - now)
+
+    def _take(self, timeout_s: float) -> None:
+        """Hand over every reply that has arrived, waiting for the first."""
+        for ready, _ in self._poller.poll(math.ceil(min(MAX_POLL_S, max(0.0, timeout_s)) * 1000)):
+            if ready in self._monitors:
+                if parse_monitor_message(ready.recv_multipart())["event"] == zmq.EVENT_DISCONNECTED:
+                    self._outstanding.lost(self._monitors.index(ready), time.monotonic())
+                continue
+            endpoint = self._sockets.index(ready)
+            while True:
+                try:
+                    frames = ready.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                self._outstanding.receive(endpoint, frames, time.monotonic())
+
+    def _open(self) -> None:
+        for name in self._endpoints:
+            socket = _connect(self._context, name, self.timeout_s)
+            self._sockets.append(socket)
+            self._monitors.append(socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
+        for socket in (*self._sockets, *self._monitors):
+            self._poller.register(socket, zmq.POLLIN)
 
 
 def _connect(context: Any, endpoint: str, timeout_s: float) -> Any:
@@ -264,44 +409,67 @@ def _connect(context: Any, endpoint: str, timeout_s: float) -> Any:
     return socket
 
 
-class AsyncClient:
+class AsyncClient(_Connections):
     """The same over asyncio; many requests may be in flight at once.
 
-    Use as `async with AsyncClient(...) as client`.
+    Use as `async with AsyncClient(...) as client`. The arguments are those of `Client`.
     """
 
     def __init__(
         self,
-        endpoint: str = DEFAULT_ENDPOINT,
+        endpoint: str | Sequence[str] = DEFAULT_ENDPOINT,
         control: str = DEFAULT_CONTROL,
         timeout_s: float = 10.0,
+        window: int | None = None,
+        retry: bool = True,
     ) -> None:
-        self.timeout_s = timeout_s
-        self._endpoints = {"data": endpoint, "control": control}
+        super().__init__(endpoint, control, timeout_s, window, retry)
         self._context = zmq.asyncio.Context()
-        self._sockets: dict[str, Any] = {}
-        self._readers: list[asyncio.Task[None]] = []
-        self._waiting: dict[int | str, asyncio.Future[list[bytes]]] = {}
-        self._ids = itertools.count(1)
+        self._sockets: list[Any] = []
+        self._control_socket: Any = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._predicting: dict[int | str, asyncio.Future[Answer]] = {}
+        self._calling: dict[int | str, asyncio.Future[list[bytes]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> "AsyncClient":
-        for kind, endpoint in self._endpoints.items():
-            self._sockets[kind] = _connect(self._context, endpoint, self.timeout_s)
-            self._readers.append(asyncio.create_task(self._read(self._sockets[kind])))
+        for i, name in enumerate(self._endpoints):
+            socket = _connect(self._context, name, self.timeout_s)
+            self._sockets.append(socket)
+            self._tasks.append(asyncio.create_task(self._read(i, socket)))
+            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self._tasks.append(asyncio.create_task(self._watch(i, monitor)))
+        self._control_socket = _connect(self._context, self._control, self.timeout_s)
+        self._tasks.append(asyncio.create_task(self._read_control(self._control_socket)))
         return self
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for socket in self._sockets:
+            socket.disable_monitor()
         self._context.destroy(linger=0)
 
-    async def predict(self, x: Images, deadline_s: float | None = None, key: str | None = None) -> Prediction:
-        """Classify images; see `Client.predict`."""
-        request_id = next(self._ids)
-        return _prediction(
-            await self._exchange("data", request_id, _predict_frames(request_id, x, deadline_s, key))
-        )
+    async def predict(
+        self, x: Images, deadline_s: float | None = None, key: str | None = None, observe: bool = True
+    ) -> Prediction:
+        """Classify images; see `Client.predict`. A task that is cancelled cancels its request at the server."""
+        self._check_open()
+        request_id = self._add(x, deadline_s, key, observe)
+        return _prediction(await self._answer(request_id))
+
+    async def metadata(self) -> dict[str, Any]:
+        """Name, inputs, outputs, classes and version of the served model."""
+        self._check_open()
+        return _opened(await self._answer(self._add_question(protocol.Metadata())))[0]
+
+    async def ready(self) -> bool:
+        """Whether a server takes predictions."""
+        self._check_open()
+        return bool(_opened(await self._answer(self._add_question(protocol.Ready())))[0]["ready"])
 
     async def label(
         self,
@@ -311,42 +479,95 @@ class AsyncClient:
         x: Images | None = None,
     ) -> list[str]:
         """Say what images really showed; see `Client.label`."""
-        request_id = next(self._ids)
-        frames = _label_request(request_id, prediction_ids, labels, correct, x)
-        return list(_checked(await self._exchange("control", request_id, frames))[0]["outcomes"])
+        frames = _label_request(next(self._ids), prediction_ids, labels, correct, x)
+        return list((await self._exchange(frames))["outcomes"])
 
     async def call(self, request: protocol.Request) -> dict[str, Any]:
         """Send any control request and return its reply's fields."""
-        request.id = request_id = next(self._ids)
-        return _checked(await self._exchange("control", request_id, protocol.encode(request)))[0]
+        request.id = next(self._ids)
+        return await self._exchange(protocol.encode(request))
 
     async def status(self) -> dict[str, Any]:
         """The daemon's state."""
         return await self.call(protocol.Status())
 
-    async def _exchange(self, kind: str, request_id: int, frames: list[bytes]) -> list[bytes]:
-        if kind not in self._sockets:
+    async def versions(self) -> list[dict[str, Any]]:
+        """Every version in the store, oldest first."""
+        return list((await self.call(protocol.Versions()))["versions"])
+
+    def _check_open(self) -> None:
+        if not self._sockets:
             raise PreconditionError("use AsyncClient in an `async with` block")
-        async with self._expect(request_id) as answer:
-            await self._sockets[kind].send_multipart(frames)
-            try:
-                return await asyncio.wait_for(answer, self.timeout_s)
-            except TimeoutError:
-                raise DeadlineError(
-                    f"no answer from {self._endpoints[kind]} within {self.timeout_s} s: is tta serving?"
-                ) from None
 
-    @asynccontextmanager
-    async def _expect(self, request_id: int) -> AsyncIterator["asyncio.Future[list[bytes]]"]:
-        self._waiting[request_id] = asyncio.get_running_loop().create_future()
+    async def _answer(self, request_id: int | str) -> Answer:
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._predicting[request_id] = future
+        self._turn()
         try:
-            yield self._waiting[request_id]
+            return await future
+        except asyncio.CancelledError:
+            endpoint = self._outstanding.cancel(request_id)
+            if endpoint is not None:
+                self._sockets[endpoint].send_multipart(protocol.encode(protocol.Cancel(id=request_id)))
+            self._outstanding.forget(request_id)
+            raise
         finally:
-            del self._waiting[request_id]
+            del self._predicting[request_id]
 
-    async def _read(self, socket: Any) -> None:
+    def _turn(self) -> None:
+        """Send what is due, hand out what is finished, and come back when something is due next."""
+        for endpoint, frames in self._outstanding.advance(time.monotonic()):
+            self._sockets[endpoint].send_multipart(frames)
+        finished = self._outstanding.finished
+        while finished:
+            request_id = next(iter(finished))
+            answer, future = finished.pop(request_id), self._predicting.get(request_id)
+            if future is not None and not future.done():
+                future.set_result(answer)
+        if self._timer is not None:
+            self._timer.cancel()
+        wake_at = self._outstanding.wake_at()
+        if wake_at != float("inf"):
+            delay = max(0.0, wake_at - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._turn)
+
+    async def _read(self, endpoint: int, socket: Any) -> None:
         while True:
             frames = await socket.recv_multipart()
-            answer = self._waiting.get(protocol.reply_id(frames))
+            try:
+                self._outstanding.receive(endpoint, frames, time.monotonic())
+            except TTAError as error:  # what answers there is no tta: everybody who waits is told
+                for future in self._predicting.values():
+                    if not future.done():
+                        future.set_exception(error)
+            self._turn()
+
+    async def _watch(self, endpoint: int, monitor: Any) -> None:
+        while True:
+            if parse_monitor_message(await monitor.recv_multipart())["event"] == zmq.EVENT_DISCONNECTED:
+                self._outstanding.lost(endpoint, time.monotonic())
+                self._turn()
+
+    async def _exchange(self, frames: list[bytes]) -> dict[str, Any]:
+        self._check_open()
+        async with self._expect(protocol.request_id(frames)) as answer:
+            await self._control_socket.send_multipart(frames)
+            try:
+                return _checked(await asyncio.wait_for(answer, self.timeout_s))
+            except TimeoutError:
+                raise self._control_silence() from None
+
+    @asynccontextmanager
+    async def _expect(self, request_id: int | str) -> AsyncIterator["asyncio.Future[list[bytes]]"]:
+        self._calling[request_id] = asyncio.get_running_loop().create_future()
+        try:
+            yield self._calling[request_id]
+        finally:
+            del self._calling[request_id]
+
+    async def _read_control(self, socket: Any) -> None:
+        while True:
+            frames = await socket.recv_multipart()
+            answer = self._calling.get(protocol.reply_id(frames))
             if answer is not None and not answer.done():
                 answer.set_result(frames)

@@ -45,6 +45,9 @@ class ServerConfig(Section):
     max_batch_size: int = Field(32, ge=1, le=4096, description="images computed together at most")
     max_wait_s: float = Field(0.001, ge=0, le=1, description="seconds a batch waits to fill")
     queue_images: int = Field(1024, ge=1, description="images queued at most; more are refused")
+    queue_s: float = Field(
+        5.0, gt=0, description="expected seconds of computation queued at most; more is refused"
+    )
     max_message_bytes: int = Field(64 << 20, ge=1024, description="largest message taken, bytes")
     input_sample_rate: float = Field(1.0, ge=0, le=1, description="share of batches whose images the daemon keeps")
     observation_queue: int = Field(

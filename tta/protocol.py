@@ -7,13 +7,17 @@ row-major and unpadded (the rules of KServe v2's raw tensors); their dtype and s
     control socket   label | status | versions | rollback | reset | pause | resume | adapt | approve | accept
                      | ask | metadata | ready
 
-    predict  → {v:1, op:"predict", id, dtype:"uint8", shape:[N,H,W,C], deadline_s?, key?} + image bytes
+    predict  → {v:1, op:"predict", id, dtype:"uint8", shape:[N,H,W,C], deadline_s?, key?, client?, observe?}
+               + image bytes
     ←          {v:1, id, code:0, version, prediction_id, credit, queue_s, compute_s, shape:[N,K]} + float32 logits
     error ←    {v:1, id, code, error, retry_after_s?}
 
 `id` is the client's and comes back untouched. `prediction_id` names the first image of the request, the
-others follow by one; a label refers to it later. Unknown header fields are ignored, so that fields can be
-added within a version. Decoding goes: frame count, version, operation, sizes, content.
+others follow by one; a label refers to it later. `credit` is how many images a client may have unanswered
+without being refused, as long as so many clients share the queue. A late answer may be asked for again: with
+a random name of its own as `client`, a client repeats the request under the same `id`, on any connection, and
+it is computed once. Unknown header fields are ignored, so that fields can be added within a version. Decoding
+goes: frame count, version, operation, sizes, content.
 """
 
 import math
@@ -30,6 +34,7 @@ PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 1 << 16
 MAX_ID_CHARS = 256
 MAX_KEY_CHARS = 64
+MAX_CLIENT_CHARS = 64
 
 Array = npt.NDArray[Any]
 
@@ -53,12 +58,18 @@ class Predict(Request, tag_field="op", tag="predict", omit_defaults=True, kw_onl
         deadline_s: drop the request unless it can start within this many seconds of its arrival.
         key: who sent it (camera, client), at most 64 characters: so that one chatty source does not drown the
             others in the drift charts, and a shift of one is told from a shift of all.
+        client: random name of the client, at most 64 characters: a repeated `id` of it is computed once. Whoever
+            knows the name can read its answers.
+        observe: False keeps the images away from the monitor and the ledger: a load test or a probe is no
+            traffic. They cannot be labelled.
     """
 
     dtype: str
     shape: list[int]
     deadline_s: float | None = None
     key: Annotated[str, msgspec.Meta(max_length=MAX_KEY_CHARS)] | None = None
+    client: Annotated[str, msgspec.Meta(max_length=MAX_CLIENT_CHARS)] | None = None
+    observe: bool = True
 
 
 class Cancel(Request, tag_field="op", tag="cancel", omit_defaults=True, kw_only=True):

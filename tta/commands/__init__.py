@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tta.commands import ask, check, demo, label, operate, package, predict, serve, status, versions
+from tta.commands import ask, bench, check, demo, label, operate, package, predict, serve, status, versions
 from tta.errors import TTAError
 
 app = typer.Typer(
@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (demo, package, check, serve, predict, label, ask, status, versions, operate):
+for module in (demo, package, check, serve, predict, label, ask, status, versions, operate, bench):
     module.register(app)
 
 

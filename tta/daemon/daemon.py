@@ -235,24 +235,15 @@ class Daemon:
         self.adapter = AdapterLink(adapter, self._workers)
 
     def _server_options(self) -> ServerOptions:
-        c = self.config.server
         # The newest that verifies: a lost folder must not keep the server down.
         folder = self.store.folder(self.store.verified(self.treatment.case.serving))
         return ServerOptions(
             bundle=str(self.config.bundle.resolve()),
             version_folder=str(folder.resolve()) if folder else None,
-            endpoint=c.endpoint,
             admin=self._ipc("server"),
             observe=self._ipc("observe"),
             device=self.config.device,
-            threads=c.threads,
-            max_batch_size=c.max_batch_size,
-            max_wait_s=c.max_wait_s,
-            queue_images=c.queue_images,
-            max_message_bytes=c.max_message_bytes,
-            input_sample_rate=c.input_sample_rate,
-            observation_queue=c.observation_queue,
-            drain_s=c.drain_s,
+            **self.config.server.model_dump(),
         )
 
     def _server_argv(self) -> list[str]:

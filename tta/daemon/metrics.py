@@ -54,6 +54,7 @@ class ServerTotals(Collector):
             ("tta_images", "Images predicted", "images"),
             ("tta_batches", "Batches computed", "batches"),
             ("tta_undeliverable_replies", "Replies a client did not take", "undeliverable"),
+            ("tta_repeated_requests", "Requests sent again and not computed again", "repeated"),
             ("tta_observations_dropped", "Batches the daemon did not see", "observations_dropped"),
         ):
             yield CounterMetricFamily(name, text, value=sum(getattr(c, field) for c in every))
@@ -80,6 +81,7 @@ def _added(a: Counters, b: Counters, epoch: int) -> Counters:
         requests=merged(a.requests, b.requests),
         rejected=merged(a.rejected, b.rejected),
         undeliverable=a.undeliverable + b.undeliverable,
+        repeated=a.repeated + b.repeated,
         images=a.images + b.images,
         batches=a.batches + b.batches,
         observations_dropped=a.observations_dropped + b.observations_dropped,

@@ -20,14 +20,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import structlog
 import zmq
 
-from tta import log, protocol
+from tta import log
 from tta.bundle import load_bundle
 from tta.errors import TTAError
 from tta.server.batcher import Batcher, Pending
-from tta.server.frontend import Frontend, Statistics, expired_error
+from tta.server.frontend import Computed, Failed, Frontend, Statistics
 from tta.server.options import Observation, ServerOptions
 from tta.server.predictor import Predictor
 
@@ -55,7 +56,8 @@ class Server:
         self.predictor.activate(self._first_version())
         self.context = zmq.Context()
         self.context.set(zmq.MAX_SOCKETS, 4096)
-        self.batcher = Batcher(options.max_batch_size, options.max_wait_s, options.queue_images)
+        self.batcher = Batcher(options.max_batch_size, options.max_wait_s, options.queue_images, options.queue_s)
+        self._learn_speed()
         self.statistics = Statistics(self.epoch)
         self.frontend = Frontend(
             self.context,
@@ -78,6 +80,14 @@ class Server:
             version=self.version(),
             device=self.predictor.device,
         )
+
+    def _learn_speed(self) -> None:
+        """How long the smallest and the largest batch take: something to judge the first deadlines by."""
+        for size in (1, self.options.max_batch_size):
+            x = np.zeros((size, *self.bundle.manifest.image_shape), np.uint8)
+            start = time.monotonic()
+            self.predictor.run(x)
+            self.batcher.compute_time.observe(size, time.monotonic() - start)
 
     def _first_version(self) -> Any:
         folder = self.options.version_folder
@@ -119,35 +129,33 @@ class Server:
 
     def predict_batches(self) -> None:
         """Take batches until draining is done; one version a batch, one batch a request."""
-        replies = self.context.socket(zmq.PUSH)
-        replies.connect("inproc://replies")
+        wake = self.context.socket(zmq.PUSH)
+        wake.connect("inproc://finished")
         observations = self.context.socket(zmq.PUSH)
         observations.setsockopt(zmq.SNDHWM, self._observation_limit())
         observations.setsockopt(zmq.LINGER, 0)
         observations.connect(self.options.observe)
+        shape = (self.options.max_batch_size, *self.bundle.manifest.image_shape)
+        self.buffer = np.zeros(shape, np.uint8)  # that batches of several requests are gathered in
         sample = random.Random(self.options.seed)
         shipped = time.monotonic()
         while True:
-            batch = self.batcher.take(timeout_s=0.1)
+            draining = self.frontend.draining  # from then on an empty queue stays empty
+            batch, dropped = self.batcher.take(timeout_s=0.1)
+            if dropped:
+                self.frontend.finish(Failed(dropped), wake)
             if batch:
                 try:
-                    self._predict(batch, replies, observations, sample)
+                    self.frontend.finish(self._predict(batch, observations, sample), wake)
                 except Exception as error:  # whatever the runtime raises, the clients get an answer
                     self.log.exception("batch_failed", error=str(error))
-                    for request in batch:
-                        self._count("internal")
-                        replies.send_multipart(
-                            [
-                                request.identity,
-                                *protocol.encode(protocol.error_reply(request.request_id, error)),
-                            ]
-                        )
-            elif self.frontend_is_draining():
+                    self.frontend.finish(Failed(batch, error), wake)
+            elif not dropped and draining:
                 break
             if time.monotonic() - shipped >= SHIP_S:
                 shipped = time.monotonic()
                 self._ship(observations, [msgspec.msgpack.encode(self.statistics.snapshot(self.batcher.images))])
-        replies.close()
+        wake.close()
         observations.close()
 
     def _observation_limit(self) -> int:
@@ -155,75 +163,40 @@ class Server:
         batch_bytes = self.options.max_batch_size * math.prod(self.bundle.manifest.image_shape)
         return max(2, min(self.options.observation_queue, OBSERVATION_BYTES // batch_bytes))
 
-    def frontend_is_draining(self) -> bool:
-        """Whether admission is closed, so that an empty queue stays empty."""
-        return self.frontend.draining
-
-    def _predict(
-        self,
-        batch: list[Pending],
-        replies: "zmq.Socket[bytes]",
-        observations: "zmq.Socket[bytes]",
-        sample: random.Random,
-    ) -> None:
+    def _predict(self, batch: list[Pending], observations: "zmq.Socket[bytes]", sample: random.Random) -> Computed:
+        # What the daemon is to see goes first: ids and rows of an observation are in one piece.
+        batch.sort(key=lambda request: not request.observed)
         start = time.monotonic()
-        live = []
-        for request in batch:
-            if request.cancelled or request.expires < start:
-                error = expired_error(request)
-                self._count(error.code.name.lower())
-                header = protocol.error_reply(request.request_id, error)
-                replies.send_multipart([request.identity, *protocol.encode(header)])
-            else:
-                live.append(request)
-        if not live:
-            return
-        x = live[0].x if len(live) == 1 else np.concatenate([r.x for r in live])
+        x = self._gather(batch)
         result = self.predictor.run(x)
         compute_s = time.monotonic() - start
-        self.batcher.observe(len(x), compute_s)
+        self.batcher.compute_time.observe(len(x), compute_s)
         first_id, self.next_id = self.next_id, self.next_id + len(x)
-
-        # 1. Tell the daemon first: a label that follows the reply must find its prediction.
-        inputs = sample.random() < self.options.input_sample_rate
-        observation = Observation(
-            epoch=self.epoch,
-            first_id=first_id,
-            version=result.version,
-            n=len(x),
-            inputs=inputs,
-            keys=[(r.key, len(r.x)) for r in live] if any(r.key for r in live) else [],
-        )
-        tensors = [result.logits, result.features, *([x] if inputs else [])]
-        self._ship(observations, [msgspec.msgpack.encode(observation), *(t.tobytes() for t in tensors)])
-
-        # 2. Answer each request with its rows.
-        row = 0
-        for request in live:
-            n = len(request.x)
-            header = {
-                "v": protocol.PROTOCOL_VERSION,
-                "id": request.request_id,
-                "code": 0,
-                "version": result.version,
-                "prediction_id": first_id + row,
-                "credit": max(0, self.options.queue_images - self.batcher.images),
-                "queue_s": start - request.received,
-                "compute_s": compute_s,
-                "shape": [n, result.logits.shape[1]],
-            }
-            replies.send_multipart([request.identity, *protocol.encode(header, result.logits[row : row + n])])
-            row += n
-            self._count("ok")
-            self.statistics.queue_s.observe(start - request.received)
-            self.statistics.request_s.observe(time.monotonic() - request.received)
         self.statistics.images += len(x)
         self.statistics.batches += 1
-        self.statistics.compute_s.observe(compute_s)
-        self.statistics.batch_size.observe(len(x))
+        # The daemon is told before the client: a label that follows the reply must find its prediction.
+        observed = [r for r in batch if r.observed]
+        n = sum(len(r.x) for r in observed)
+        if n:
+            inputs = sample.random() < self.options.input_sample_rate
+            observation = Observation(
+                epoch=self.epoch,
+                first_id=first_id,
+                version=result.version,
+                n=n,
+                inputs=inputs,
+                keys=[(r.key, len(r.x)) for r in observed] if any(r.key for r in observed) else [],
+            )
+            tensors = [result.logits[:n], result.features[:n], *([x[:n]] if inputs else [])]
+            self._ship(observations, [msgspec.msgpack.encode(observation), *(t.tobytes() for t in tensors)])
+        return Computed(batch, result.version, first_id, result.logits, start, compute_s)
 
-    def _count(self, code: str) -> None:
-        self.statistics.requests[code] = self.statistics.requests.get(code, 0) + 1
+    def _gather(self, batch: list[Pending]) -> npt.NDArray[np.uint8]:
+        """The images of a batch in one array: of one request as they lie, of several copied once."""
+        if len(batch) == 1:
+            return batch[0].x
+        n = sum(len(r.x) for r in batch)
+        return np.concatenate([r.x for r in batch], out=self.buffer[:n])
 
     def _ship(self, observations: "zmq.Socket[bytes]", frames: list[bytes]) -> None:
         try:

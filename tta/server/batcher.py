@@ -1,10 +1,16 @@
-"""Admitted requests, waiting to become batches: bounded, in order, deadline-aware.
+"""Admitted requests, waiting to become batches: bounded, fair between clients, deadline-aware.
 
 The frontend puts, the inference thread takes. A batch starts at once when the model was idle; while it is
 busy, requests gather, and a batch that is not full then waits `max_wait_s`. A request is never split: its images
 are computed by one version.
+
+Order is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): every client's images advance its own
+clock, and the request whose clock is furthest behind goes next. One client's requests stay in their order; a
+client that sends ten times its share waits for itself. A full queue refuses whoever holds most of it (longest
+queue drop, Suter et al., INFOCOM 1998), so that nobody is refused for what another has sent.
 """
 
+import heapq
 import threading
 import time
 from collections import deque
@@ -14,6 +20,9 @@ from typing import Any
 import numpy.typing as npt
 
 from tta.errors import DeadlineError, OverloadedError
+
+SMOOTHING = 0.1  # weight of the newest batch in the moving average of compute seconds
+LEAST_RETRY_S = 0.01
 
 
 @dataclass(eq=False)
@@ -27,6 +36,11 @@ class Pending:
         received: monotonic seconds of arrival.
         expires: monotonic seconds after which nobody wants the answer; infinity for never.
         key: who sent it; "" for nobody in particular.
+        observed: whether the daemon learns of it.
+        client: the client's own name, under which a repeated id is known; "" if it gave none.
+        reply_to: identity that the answer goes to: another one if the client has asked again from there.
+        cancelled: nobody wants the answer any more.
+        evicted: refused after all, to make room for others.
     """
 
     identity: bytes
@@ -35,84 +49,231 @@ class Pending:
     received: float
     expires: float
     key: str = ""
+    observed: bool = True
+    client: str = ""
+    reply_to: bytes = field(default=b"", init=False)
     cancelled: bool = field(default=False, init=False)
+    evicted: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.reply_to = self.identity
+
+
+class ComputeTime:
+    """Seconds that a batch takes, by its size: a moving average each for 1, 2, 4 ... images."""
+
+    def __init__(self, max_batch_size: int) -> None:
+        self.max_batch_size = max_batch_size
+        self._seconds: dict[int, float] = {}  # by bucket: the size's bit length
+
+    def observe(self, n_images: int, seconds: float) -> None:
+        """Learn how long a batch took."""
+        bucket = (n_images - 1).bit_length()
+        known = self._seconds.get(bucket)
+        self._seconds[bucket] = seconds if known is None else known + SMOOTHING * (seconds - known)
+
+    def of(self, n_images: int) -> float:
+        """Expected seconds for so many images in full batches and a rest; 0 while nothing is known."""
+        full, rest = divmod(n_images, self.max_batch_size)
+        return full * self._of_batch(self.max_batch_size) + (self._of_batch(rest) if rest else 0.0)
+
+    def _of_batch(self, n: int) -> float:
+        bucket = (n - 1).bit_length()
+        if bucket in self._seconds:
+            return self._seconds[bucket]
+        larger = [b for b in self._seconds if b > bucket]
+        if larger:  # at most as long as a larger one
+            return self._seconds[min(larger)]
+        smaller = max(self._seconds, default=None)  # at most in proportion
+        return 0.0 if smaller is None else self._seconds[smaller] * float(1 << (bucket - smaller))
+
+
+class _Client:
+    """What one client has queued, in order, and the clock of its share."""
+
+    def __init__(self) -> None:
+        self.queue: deque[Pending] = deque()
+        self.images = 0
+        self.clock = 0
 
 
 class Batcher:
-    """Bounded queue of requests. `put` and `cancel` belong to the frontend, `take` to the inference thread."""
+    """Bounded queue of requests. `put` and `cancel` belong to the frontend, `take` to the inference thread.
 
-    def __init__(self, max_batch_size: int, max_wait_s: float, capacity: int) -> None:
+    Args:
+        max_batch_size: images computed together at most.
+        max_wait_s: seconds a batch waits to fill.
+        capacity: images queued at most.
+        capacity_s: expected seconds of computation queued at most.
+    """
+
+    def __init__(self, max_batch_size: int, max_wait_s: float, capacity: int, capacity_s: float) -> None:
         self.max_batch_size = max_batch_size
         self.max_wait_s = max_wait_s
         self.capacity = capacity
+        self.capacity_s = capacity_s
         self.images = 0  # queued now
-        self.image_s = 0.0  # moving average of compute seconds an image, for retry_after_s
-        self._queue: deque[Pending] = deque()
+        self.compute_time = ComputeTime(max_batch_size)
+        self._clients: dict[bytes, _Client] = {}  # those with something queued
+        self._heap: list[tuple[int, int, Pending]] = []  # evicted ones stay until their turn
+        self._clock = 0  # of the request taken last
+        self._count = 0
+        self._busy_until = 0.0  # when the batch now computed should be done
         self._ready = threading.Condition()
         self._closed = False
 
-    def put(self, request: Pending) -> None:
+    def put(self, request: Pending) -> list[Pending]:
         """Queue a request.
 
+        Returns:
+            Requests of other clients that have to give way: to be refused with `overloaded_error`.
+
         Raises:
-            OverloadedError: it would take the queue past its capacity in images.
+            OverloadedError: the queue is full, of the client's own requests more than of any other's.
             DeadlineError: by the present speed it could not start before it expires.
         """
+        n = len(request.x)
         with self._ready:
-            wait_s = self.images * self.image_s
-            if self.images + len(request.x) > self.capacity:
-                raise OverloadedError(
-                    f"queue is full ({self.images} of {self.capacity} images)", max(0.01, round(wait_s, 3))
-                )
-            if request.received + wait_s > request.expires:
-                raise DeadlineError(f"the queue takes about {wait_s:.3f} s, longer than the deadline")
-            self._queue.append(request)
-            self.images += len(request.x)
+            client = self._clients.get(request.identity) or _Client()
+            if request.expires != float("inf"):
+                self._check_deadline(request, client)
+            evicted = self._make_room(n, client)
+            if not client.queue:
+                client.clock = self._clock  # nobody gains by having been silent
+            heapq.heappush(self._heap, (client.clock, self._count, request))
+            self._count += 1
+            client.clock += n
+            client.queue.append(request)
+            client.images += n
+            self._clients[request.identity] = client
+            self.images += n
             self._ready.notify()
+            return evicted
+
+    def _check_deadline(self, request: Pending, client: _Client) -> None:
+        left = request.expires - time.monotonic()
+        if left >= self._wait(self.images):  # even as the very last it is in time
+            return
+        wait = self._wait(self._ahead(client, len(request.x)))
+        if wait > left:
+            raise DeadlineError(
+                f"it could start in about {wait:.3f} s, later than its deadline ({max(0.0, left):.3f} s left)",
+                max(LEAST_RETRY_S, round(wait, 3)),
+            )
+
+    def _make_room(self, n: int, client: _Client) -> list[Pending]:
+        """Evict the newest requests of those who have more queued; refuse where that is not enough."""
+        excess, own = self._excess(n), client.images + n
+        if not excess:
+            return []
+        others = [c for c in self._clients.values() if c is not client]
+        if sum(max(0, c.images - own) for c in others) < excess:
+            raise overloaded_error(self.images, self.capacity, self._wait(self._ahead(client, n)))
+        evicted = []
+        while excess > 0:
+            victim = max(others, key=lambda c: c.images).queue.pop()
+            victim.evicted = True
+            excess -= len(victim.x)
+            self._forget(victim)
+            evicted.append(victim)
+        return evicted
+
+    def _excess(self, n: int) -> int:
+        """Images to be rid of before n more fit."""
+        excess = max(0, self.images + n - self.capacity)
+        too_long = self.images and self.compute_time.of(self.images + n) > self.capacity_s
+        return max(excess, n) if too_long else excess
+
+    def _forget(self, request: Pending) -> None:
+        """Account for a request that has left its client's queue."""
+        client = self._clients[request.identity]
+        client.images -= len(request.x)
+        self.images -= len(request.x)
+        if not client.queue:
+            del self._clients[request.identity]
+
+    def _ahead(self, client: _Client, n: int) -> int:
+        """Images computed before a new request of n images: of each other client at most as many as of its own."""
+        own = client.images
+        return own + sum(min(c.images, own + n) for c in self._clients.values() if c is not client)
+
+    def _wait(self, images: int) -> float:
+        """Expected seconds until so many queued images are computed."""
+        return max(0.0, self._busy_until - time.monotonic()) + self.compute_time.of(images)
+
+    def wait_s(self) -> float:
+        """Expected seconds until all that is queued is computed."""
+        return self._wait(self.images)
+
+    def credit(self) -> int:
+        """Images that a client may have queued, if all that have something queued share alike."""
+        each_s = self.compute_time.of(self.max_batch_size) / self.max_batch_size
+        capacity = min(self.capacity, int(self.capacity_s / each_s)) if each_s else self.capacity
+        return max(1, capacity // max(1, len(self._clients)))
 
     def cancel(self, identity: bytes, request_id: Any) -> bool:
         """Mark a queued request as cancelled; False if it is not queued (any more)."""
         with self._ready:
-            for request in self._queue:
-                if request.identity == identity and request.request_id == request_id:
+            client = self._clients.get(identity)
+            for request in client.queue if client else ():
+                if request.request_id == request_id:
                     request.cancelled = True
                     return True
         return False
 
-    def take(self, timeout_s: float) -> list[Pending]:
-        """Wait for work and return the next batch in order of arrival; empty on time-out or close."""
+    def take(self, timeout_s: float) -> tuple[list[Pending], list[Pending]]:
+        """Wait for work.
+
+        Returns:
+            The next batch, and requests that are not worth computing: cancelled or expired. Both are empty on
+            time-out or close.
+        """
         with self._ready:
-            idle = not self._queue
-            if idle:
+            if not self._clients:
+                self._busy_until = 0.0
                 self._ready.wait(timeout_s)
-            if not self._queue:
-                return []
-            if not idle:
+            else:
                 self._fill()
-            batch = [self._queue.popleft()]
-            size = len(batch[0].x)
-            while self._queue and size + len(self._queue[0].x) <= self.max_batch_size:
-                batch.append(self._queue.popleft())
-                size += len(batch[-1].x)
-            self.images -= size
-            return batch
+            batch: list[Pending] = []
+            dropped: list[Pending] = []
+            size, now = 0, time.monotonic()
+            while self._heap:
+                clock, _, request = self._heap[0]
+                n = len(request.x)
+                if not request.evicted:
+                    if batch and size + n > self.max_batch_size:
+                        break
+                    self._clock = clock
+                    self._clients[request.identity].queue.popleft()  # a client's requests are taken in order
+                    self._forget(request)
+                    if request.cancelled or request.expires < now:
+                        dropped.append(request)
+                    else:
+                        batch.append(request)
+                        size += n
+                heapq.heappop(self._heap)
+            self._busy_until = now + self.compute_time.of(size)
+            return batch, dropped
 
     def _fill(self) -> None:
         """Give a batch that is not full up to `max_wait_s` from its first request's arrival."""
-        end = self._queue[0].received + self.max_wait_s
+        first = min(c.queue[0].received for c in self._clients.values())
+        end = first + self.max_wait_s
         while self.images < self.max_batch_size and not self._closed:
             left = end - time.monotonic()
             if left <= 0:
                 return
             self._ready.wait(left)
 
-    def observe(self, n_images: int, compute_s: float) -> None:
-        """Learn how long images take now."""
-        each = compute_s / n_images
-        self.image_s = each if self.image_s == 0 else 0.9 * self.image_s + 0.1 * each
-
     def close(self) -> None:
         """Wake the inference thread for good; what is queued can still be taken."""
         with self._ready:
             self._closed = True
             self._ready.notify_all()
+
+
+def overloaded_error(images: int, capacity: int, wait_s: float) -> OverloadedError:
+    """Why a request is refused that a full queue has no place for."""
+    return OverloadedError(
+        f"queue is full ({images} of {capacity} images, {wait_s:.3f} s)", max(LEAST_RETRY_S, round(wait_s, 3))
+    )

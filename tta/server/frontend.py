@@ -1,26 +1,60 @@
 """The ROUTER loop: admit, reject, reply. Owns every socket that clients and the daemon talk to.
 
-Runs in the server's main thread: a synchronous poll that drains each socket until it is empty. Replies come
-from the inference thread as ready frames over inproc.
+Runs in the server's main thread: a synchronous poll that drains each socket until it is empty. Computed batches
+come from the inference thread as objects; one empty message over inproc wakes the poll.
 """
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import structlog
 import zmq
 
 from tta import protocol
 from tta.bundle import Manifest
-from tta.errors import CancelledError, Code, InputError, TTAError, UnavailableError
-from tta.server.batcher import Batcher, Pending
+from tta.errors import CancelledError, Code, DeadlineError, InputError, TTAError, UnavailableError
+from tta.server.batcher import Batcher, Pending, overloaded_error
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, ServerOptions
+from tta.server.repeats import Repeats
 
 POLL_MS = 100  # how late a signal is noticed
 BURST = 256  # messages taken from one socket before the others get a turn
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A batch's answers, for the frontend to send.
+
+    Attributes:
+        requests: whose images they are, in order.
+        version: that computed all of them.
+        first_id: prediction id of the first row.
+        logits: (N, K) float32.
+        started: monotonic seconds.
+        compute_s: seconds of the whole batch.
+    """
+
+    requests: Sequence[Pending]
+    version: int
+    first_id: int
+    logits: npt.NDArray[np.float32]
+    started: float
+    compute_s: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Requests that were not computed; without an error they were cancelled or too late."""
+
+    requests: Sequence[Pending]
+    error: BaseException | None = None
 
 
 class Histogram:
@@ -40,8 +74,8 @@ class Histogram:
 class Statistics:
     """The server's counters, each written by one thread only.
 
-    The frontend counts what it refuses (`rejected`, by code) and cannot deliver; the inference thread
-    everything else (`requests`, by code) and ships the totals.
+    The frontend counts requests: what it refuses (`rejected`, by code), answers (`requests`, by code) and cannot
+    deliver. The inference thread counts images, batches and observations, and ships the totals.
     """
 
     def __init__(self, epoch: int) -> None:
@@ -49,6 +83,7 @@ class Statistics:
         self.requests: dict[str, int] = {}
         self.rejected: dict[str, int] = {}
         self.undeliverable = 0
+        self.repeated = 0
         self.images = 0
         self.batches = 0
         self.observations_dropped = 0
@@ -64,6 +99,7 @@ class Statistics:
             requests=dict(self.requests),
             rejected=dict(self.rejected),
             undeliverable=self.undeliverable,
+            repeated=self.repeated,
             images=self.images,
             batches=self.batches,
             observations_dropped=self.observations_dropped,
@@ -113,20 +149,22 @@ class Frontend:
         self._admin_socket = context.socket(zmq.ROUTER)
         self._admin_socket.setsockopt(zmq.LINGER, 1000)
         self._admin_socket.bind(options.admin)
-        self._replies = context.socket(zmq.PULL)  # [identity, header, payload] from the inference thread
-        self._replies.bind("inproc://replies")
+        self._repeats = Repeats()
+        self._finished: deque[Computed | Failed] = deque()  # from the inference thread
+        self._wake = context.socket(zmq.PULL)
+        self._wake.bind("inproc://finished")
         self._admin_replies = context.socket(zmq.PULL)  # [identity, header] from the builder thread
         self._admin_replies.bind("inproc://admin-replies")
         self._poller = zmq.Poller()
-        for socket in (self._data, self._admin_socket, self._replies, self._admin_replies):
+        for socket in (self._data, self._admin_socket, self._wake, self._admin_replies):
             self._poller.register(socket, zmq.POLLIN)
 
     def tick(self) -> None:
         """Wait for something to happen, then drain every socket that has something."""
         ready = dict(self._poller.poll(POLL_MS))
-        if self._replies in ready:
-            for frames in drain(self._replies):
-                self._send(frames)
+        if self._wake in ready:
+            drain(self._wake)
+            self._deliver()
         if self._data in ready:
             for frames in drain(self._data):
                 self._handle(frames)
@@ -139,10 +177,14 @@ class Frontend:
 
     def close(self) -> None:
         """Send what is queued (up to a second) and close."""
-        for frames in drain(self._replies):
-            self._send(frames)
-        for socket in (self._data, self._admin_socket, self._replies, self._admin_replies):
+        self._deliver()
+        for socket in (self._data, self._admin_socket, self._wake, self._admin_replies):
             socket.close()
+
+    def finish(self, batch: Computed | Failed, wake: "zmq.Socket[bytes]") -> None:
+        """Inference thread: hand a batch over; `wake` is its own socket, connected to inproc://finished."""
+        self._finished.append(batch)
+        wake.send(b"")
 
     def _handle(self, frames: list[bytes]) -> None:
         identity, body = frames[0], frames[1:]
@@ -163,6 +205,10 @@ class Frontend:
         self._send([identity, *protocol.encode(reply)])
 
     def _admit(self, identity: bytes, request: protocol.Predict, frames: list[bytes]) -> None:
+        client = request.client or ""
+        if client and self._is_repeated(identity, client, request.id):
+            self.statistics.repeated += 1
+            return
         if self.draining:
             raise UnavailableError("draining: the server is going down", 1.0)
         x = protocol.decode_images(frames, request.dtype, request.shape, self.manifest.image_shape)
@@ -170,7 +216,65 @@ class Frontend:
             raise InputError(f"{len(x)} images in one request: at most {self.options.queue_images} are taken")
         now = time.monotonic()
         expires = now + request.deadline_s if request.deadline_s is not None else float("inf")
-        self.batcher.put(Pending(identity, request.id, x, now, expires, request.key or ""))
+        admitted = Pending(identity, request.id, x, now, expires, request.key or "", request.observe, client)
+        for evicted in self.batcher.put(admitted):
+            error = overloaded_error(self.batcher.images, self.options.queue_images, self.batcher.wait_s())
+            self._count_rejection(error.code)
+            self._refuse(evicted, error)
+        self._repeats.admitted(admitted)
+
+    def _is_repeated(self, identity: bytes, client: str, request_id: int | str) -> bool:
+        """Whether this request is known already; if so it is answered, or will be, where it came from last."""
+        queued = self._repeats.queued(client, request_id)
+        if queued is not None and not queued.cancelled:
+            queued.reply_to = identity
+            return True
+        answer = self._repeats.answer(client, request_id)
+        if answer is not None:
+            self._send([identity, *answer])
+        return answer is not None
+
+    def _deliver(self) -> None:
+        """Answer the requests of all batches that are finished."""
+        while self._finished:
+            batch = self._finished.popleft()
+            if isinstance(batch, Computed):
+                self._answer_batch(batch)
+                continue
+            for request in batch.requests:
+                error = batch.error or expired_error(request)
+                self._count(error.code.name.lower() if isinstance(error, TTAError) else "internal")
+                self._refuse(request, error)
+
+    def _answer_batch(self, batch: Computed) -> None:
+        row, credit = 0, self.batcher.credit()
+        n_classes = batch.logits.shape[1]
+        for request in batch.requests:
+            n = len(request.x)
+            header = {
+                "v": protocol.PROTOCOL_VERSION,
+                "id": request.request_id,
+                "code": 0,
+                "version": batch.version,
+                "prediction_id": batch.first_id + row,
+                "credit": credit,
+                "queue_s": batch.started - request.received,
+                "compute_s": batch.compute_s,
+                "shape": [n, n_classes],
+            }
+            frames = protocol.encode(header, batch.logits[row : row + n])
+            self._repeats.answered(request, frames)
+            self._send([request.reply_to, *frames])
+            row += n
+            self._count("ok")
+            self.statistics.queue_s.observe(batch.started - request.received)
+            self.statistics.request_s.observe(time.monotonic() - request.received)
+        self.statistics.compute_s.observe(batch.compute_s)
+        self.statistics.batch_size.observe(row)
+
+    def _refuse(self, request: Pending, error: BaseException) -> None:
+        self._repeats.refused(request)
+        self._send([request.reply_to, *protocol.encode(protocol.error_reply(request.request_id, error))])
 
     def _answer(self, identity: bytes, request: protocol.DataRequest) -> dict[str, Any]:
         reply: dict[str, Any] = {"v": protocol.PROTOCOL_VERSION, "id": request.id, "code": 0}
@@ -205,6 +309,9 @@ class Frontend:
         command["identity"] = identity
         self._admin(command, respond)
 
+    def _count(self, code: str) -> None:
+        self.statistics.requests[code] = self.statistics.requests.get(code, 0) + 1
+
     def _count_rejection(self, code: Code) -> None:
         name = code.name.lower()
         self.statistics.rejected[name] = self.statistics.rejected.get(name, 0) + 1
@@ -229,8 +336,6 @@ def drain(socket: "zmq.Socket[bytes]") -> list[list[bytes]]:
 
 def expired_error(request: Pending) -> TTAError:
     """Why a request that was taken from the queue is not computed."""
-    from tta.errors import DeadlineError
-
     if request.cancelled:
         return CancelledError("cancelled before it started")
     return DeadlineError("the deadline passed while the request was queued")

@@ -20,6 +20,7 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     max_batch_size: int
     max_wait_s: float
     queue_images: int
+    queue_s: float
     max_message_bytes: int
     input_sample_rate: float
     observation_queue: int
@@ -61,6 +62,7 @@ class Counters(msgspec.Struct, kw_only=True):
     requests: dict[str, int]
     rejected: dict[str, int]
     undeliverable: int
+    repeated: int
     images: int
     batches: int
     observations_dropped: int

@@ -1,0 +1,150 @@
+"""Who is computed next, who is refused: the queue between clients and model."""
+
+import time
+
+import numpy as np
+import pytest
+
+from tta.errors import DeadlineError, OverloadedError
+from tta.server.batcher import Batcher, ComputeTime, Pending
+
+
+def request(client: bytes, number: int, n: int = 1, expires: float = float("inf")) -> Pending:
+    """A request of n small images."""
+    return Pending(client, number, np.zeros((n, 2, 2, 3), np.uint8), time.monotonic(), expires)
+
+
+def names(batch: list[Pending]) -> list[tuple[bytes, int]]:
+    """Client and id of each request of a batch."""
+    return [(r.identity, r.request_id) for r in batch]
+
+
+def test_one_clients_requests_stay_in_order() -> None:
+    """Requests of different sizes of one client are taken as they came."""
+    batcher = Batcher(8, 0.0, 1000, 60.0)
+    for i, n in enumerate([3, 1, 5, 2, 8, 1]):
+        batcher.put(request(b"a", i, n))
+    taken: list[tuple[bytes, int]] = []
+    while batcher.images:
+        batch, _ = batcher.take(0.0)
+        assert sum(len(r.x) for r in batch) <= 8
+        taken += names(batch)
+
+    assert taken == [(b"a", i) for i in range(6)]
+
+
+def test_a_flood_of_one_client_waits_for_itself() -> None:
+    """Beside a client with a hundred requests queued, each of two others is in the next batch, image for image."""
+    batcher = Batcher(9, 0.0, 1000, 60.0)
+    for i in range(100):
+        batcher.put(request(b"flood", i))
+    batcher.take(0.0)
+    for i in range(6):
+        batcher.put(request(b"a", i))
+        batcher.put(request(b"b", i))
+
+    first, second = names(batcher.take(0.0)[0]), names(batcher.take(0.0)[0])
+
+    for batch in (first, second):
+        assert sorted({c: sum(1 for d, _ in batch if d == c) for c, _ in batch}.values()) == [3, 3, 3]
+
+
+def test_large_requests_are_no_larger_share() -> None:
+    """A client of 8 images a request gets as many images computed as one of single images."""
+    batcher = Batcher(8, 0.0, 10_000, 60.0)
+    for i in range(40):
+        batcher.put(request(b"large", i, 8))
+    for i in range(320):
+        batcher.put(request(b"small", i, 1))
+    images = {b"large": 0, b"small": 0}
+    for _ in range(20):
+        for r in batcher.take(0.0)[0]:
+            images[r.identity] += len(r.x)
+
+    assert abs(images[b"large"] - images[b"small"]) <= 8
+
+
+def test_a_full_queue_refuses_who_fills_it() -> None:
+    """The one with most queued loses its newest requests to newcomers, and is refused itself."""
+    batcher = Batcher(4, 0.0, 10, 60.0)
+    for i in range(10):
+        batcher.put(request(b"flood", i))
+    with pytest.raises(OverloadedError, match="10 of 10 images") as refused:
+        batcher.put(request(b"flood", 10))
+    evicted = batcher.put(request(b"new", 0, 2))
+    with pytest.raises(OverloadedError):
+        batcher.put(request(b"new", 1, 7))  # more than the other would keep
+    batch, _ = batcher.take(0.0)
+
+    assert refused.value.retry_after_s is not None
+    assert names(evicted) == [(b"flood", 9), (b"flood", 8)]
+    assert (b"new", 0) in names(batch)
+    assert batcher.images == 10 - sum(len(r.x) for r in batch)
+    left: list[Pending] = []
+    while batcher.images:
+        left += batcher.take(0.0)[0]
+    assert not {9, 8} & {r.request_id for r in left}
+
+
+def test_the_queue_is_bounded_in_time() -> None:
+    """Where an image takes 0.1 s, half a second's queue holds a handful, whatever its capacity in images."""
+    batcher = Batcher(4, 0.0, 1000, 0.5)
+    batcher.compute_time.observe(4, 0.4)
+    batcher.compute_time.observe(1, 0.1)
+    for i in range(5):
+        batcher.put(request(b"a", i))
+    with pytest.raises(OverloadedError):
+        batcher.put(request(b"a", 5))
+
+    assert batcher.credit() == 5
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_on_arrival() -> None:
+    """With two batches queued, a deadline within one is refused; another client is sooner, and meets it."""
+    batcher = Batcher(4, 0.0, 1000, 60.0)
+    batcher.compute_time.observe(4, 1.0)
+    batcher.compute_time.observe(1, 0.5)
+    for i in range(8):
+        batcher.put(request(b"a", i))
+    with pytest.raises(DeadlineError, match="later than its deadline") as refused:
+        batcher.put(request(b"a", 8, expires=time.monotonic() + 1.5))
+    batcher.put(request(b"b", 0, expires=time.monotonic() + 1.5))
+    batcher.put(request(b"a", 9, expires=time.monotonic() + 60))
+
+    assert refused.value.retry_after_s == pytest.approx(2.0, abs=0.1)
+    assert batcher.images == 10
+
+
+def test_what_nobody_wants_is_not_computed() -> None:
+    """Cancelled and expired requests come apart from the batch and take no place in it."""
+    batcher = Batcher(2, 0.0, 100, 60.0)
+    for i in range(4):
+        batcher.put(request(b"a", i))
+    late = request(b"b", 0, expires=time.monotonic() + 60)
+    batcher.put(late)
+    late.expires = time.monotonic()
+    assert batcher.cancel(b"a", 1)
+    assert not batcher.cancel(b"a", 77)
+    assert not batcher.cancel(b"c", 1)
+    batch, dropped = batcher.take(0.0)
+
+    assert names(batch) == [(b"a", 0), (b"a", 2)]
+    assert sorted(names(dropped)) == [(b"a", 1), (b"b", 0)]
+    assert batcher.images == 1
+
+
+def test_compute_time_is_learned_by_size() -> None:
+    """Each size has its own time; one never seen is bounded by its neighbours; what is seen moves the average."""
+    known = ComputeTime(8)
+    assert known.of(20) == 0.0
+    known.observe(8, 0.8)
+    assert known.of(3) == 0.8
+    known.observe(1, 0.3)
+    known.observe(2, 0.4)
+
+    assert known.of(1) == 0.3
+    assert known.of(3) == 0.8
+    assert known.of(17) == pytest.approx(1.9)
+    for _ in range(100):
+        known.observe(1, 0.5)
+    assert known.of(1) == pytest.approx(0.5, abs=0.001)
