@@ -21,6 +21,7 @@ goes: frame count, version, operation, sizes, content.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -37,7 +38,7 @@ MAX_KEY_CHARS = 64
 MAX_CLIENT_CHARS = 64
 
 Array = npt.NDArray[Any]
-
+Buffer = bytes | memoryview  # a frame: copied, or as it lies in the socket's memory
 
 RequestId = int | Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
 
@@ -170,14 +171,19 @@ _control = msgspec.msgpack.Decoder(ControlRequest)
 
 
 def encode(header: msgspec.Struct | dict[str, Any], *tensors: Array) -> list[bytes]:
-    """Frames of one message: the header, then each tensor's bytes (made contiguous and little-endian)."""
-    return [
-        _encoder.encode(header),
-        *(np.ascontiguousarray(t, t.dtype.newbyteorder("<")).tobytes() for t in tensors),
-    ]
+    """Frames of one message: the header, then each tensor's bytes, row-major and little-endian."""
+    return [_encoder.encode(header), *[_little_endian(t).tobytes() for t in tensors]]
 
 
-def decode_data(frames: Sequence[bytes]) -> DataRequest:
+def _little_endian(tensor: Array) -> Array:
+    return (
+        tensor
+        if tensor.dtype.isnative and sys.byteorder == "little"
+        else tensor.astype(tensor.dtype.newbyteorder("<"))
+    )
+
+
+def decode_data(frames: Sequence[Buffer]) -> DataRequest:
     """Decode a request on the data socket.
 
     Raises:
@@ -187,7 +193,7 @@ def decode_data(frames: Sequence[bytes]) -> DataRequest:
     return request
 
 
-def decode_control(frames: Sequence[bytes]) -> ControlRequest:
+def decode_control(frames: Sequence[Buffer]) -> ControlRequest:
     """Decode a request on the control socket.
 
     Raises:
@@ -197,7 +203,7 @@ def decode_control(frames: Sequence[bytes]) -> ControlRequest:
     return request
 
 
-def _decode(frames: Sequence[bytes], decoder: "msgspec.msgpack.Decoder[_R]") -> _R:
+def _decode(frames: Sequence[Buffer], decoder: "msgspec.msgpack.Decoder[_R]") -> _R:
     if not 1 <= len(frames) <= 2:
         raise ProtocolError(f"expected 1 or 2 frames (header, payload), got {len(frames)}")
     if len(frames[0]) > MAX_HEADER_BYTES:
@@ -227,14 +233,14 @@ def _version_error(v: object) -> ProtocolError:
     return ProtocolError(f"protocol version {v!r} is not spoken here; send v={PROTOCOL_VERSION}")
 
 
-def _peek(header: bytes) -> Request:
+def _peek(header: Buffer) -> Request:
     try:
         return _envelope.decode(header)
     except _UNDECODABLE:
         return Request()
 
 
-def request_id(frames: Sequence[bytes]) -> int | str:
+def request_id(frames: Sequence[Buffer]) -> int | str:
     """The `id` of a request, as far as it can be read: even a bad request is answered with its own."""
     return _peek(frames[0]).id if frames and len(frames[0]) <= MAX_HEADER_BYTES else 0
 
@@ -244,7 +250,7 @@ def reply_id(frames: Sequence[bytes]) -> int | str:
     return _peek(frames[0]).id if frames else 0
 
 
-def decode_images(frames: Sequence[bytes], dtype: str, shape: Sequence[int], image_shape: Sequence[int]) -> Array:
+def decode_images(frames: Sequence[Buffer], dtype: str, shape: Sequence[int], image_shape: Sequence[int]) -> Array:
     """View the payload frame as images; nothing is copied.
 
     Args:
@@ -260,14 +266,14 @@ def decode_images(frames: Sequence[bytes], dtype: str, shape: Sequence[int], ima
         ProtocolError: the payload frame is missing or has another length than the shape says.
         InputError: the model does not take this dtype or shape.
     """
-    want = f"(N, {', '.join(map(str, image_shape))})"
     if len(frames) != 2:
         raise ProtocolError("a payload frame with the image bytes must follow the header")
     if dtype != "uint8":
         raise InputError(f"dtype {dtype!r} is not taken: send uint8, the model normalises itself")
     if len(shape) != 4 or tuple(shape[1:]) != tuple(image_shape) or shape[0] < 1:
         hint = ": send channels last" if sorted(shape[1:]) == sorted(image_shape) else ""
-        raise InputError(f"expected shape {want} with N >= 1, got {tuple(shape)}{hint}")
+        want = ", ".join(map(str, image_shape))
+        raise InputError(f"expected shape (N, {want}) with N >= 1, got {tuple(shape)}{hint}")
     size = math.prod(shape)  # not numpy's, which wraps around
     if len(frames[1]) != size:
         raise ProtocolError(f"payload has {len(frames[1])} bytes, shape {tuple(shape)} of uint8 needs {size}")

@@ -12,16 +12,26 @@ import pytest
 
 from tta.client import Client
 from tta.scenario import DaemonProcess
-from tta.scenario.load import Load, drive
+from tta.scenario.load import Load, Measured, Wire, drive
 from tta.server.options import ServerOptions
+
+
+def loaded(
+    endpoint: str,
+    batches: list[np.ndarray],
+    load: Load,
+    progress: Callable[[float, Measured], None] = lambda *_: None,
+) -> Measured:
+    """What came back of a load."""
+    return drive(Wire([endpoint], batches, load), [len(b) for b in batches], load, progress)
 
 
 def test_closed_loop_counts_every_answer(server: subprocess.Popen, options: ServerOptions, stream: tuple) -> None:
     """Every request of the measured time is answered, by the version in service, with its images counted."""
     batches = [stream[0][i : i + 2] for i in range(0, 64, 2)]
     told: list[float] = []
-    measured = drive(
-        [options.endpoint],
+    measured = loaded(
+        options.endpoint,
         batches,
         Load(outstanding=4, duration_s=0.5, warmup_s=0.1),
         lambda done, _: told.append(done),
@@ -42,9 +52,9 @@ def test_open_loop_sends_what_is_due_whatever_comes_back(
     """A stopped server gets every request of the rate, and all are reported as unanswered."""
     os.kill(server.pid, signal.SIGSTOP)
     load = Load(rate=200.0, duration_s=0.25, warmup_s=0.0, timeout_s=0.1)
-    stopped = drive([options.endpoint], [stream[0][:1]], load)
+    stopped = loaded(options.endpoint, [stream[0][:1]], load)
     os.kill(server.pid, signal.SIGCONT)
-    running = drive([options.endpoint], [stream[0][:1]], Load(rate=100.0, duration_s=0.5, timeout_s=30.0))
+    running = loaded(options.endpoint, [stream[0][:1]], Load(rate=100.0, duration_s=0.5, timeout_s=30.0))
 
     assert (stopped.sent, stopped.unanswered, stopped.requests) == (50, 50, 0)
     assert running.unanswered == 0
@@ -53,8 +63,8 @@ def test_open_loop_sends_what_is_due_whatever_comes_back(
 
 def test_refusals_are_counted_by_code(server: subprocess.Popen, options: ServerOptions, stream: tuple) -> None:
     """Deadlines that are over and shapes that do not fit are refused, counted, and no answers."""
-    late = drive([options.endpoint], [stream[0][:1]], Load(duration_s=0.2, warmup_s=0.0, deadline_s=-1.0)).report()
-    wrong = drive([options.endpoint], [np.zeros((1, 3, 3, 3), np.uint8)], Load(duration_s=0.2, warmup_s=0.0))
+    late = loaded(options.endpoint, [stream[0][:1]], Load(duration_s=0.2, warmup_s=0.0, deadline_s=-1.0)).report()
+    wrong = loaded(options.endpoint, [np.zeros((1, 3, 3, 3), np.uint8)], Load(duration_s=0.2, warmup_s=0.0))
 
     assert late["answered"] == 0
     assert late["refused"].keys() == {"deadline_exceeded"}

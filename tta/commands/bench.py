@@ -49,7 +49,7 @@ def bench(
     """Load a running server: throughput, latencies, refusals, by version. The monitor does not see it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tta.scenario.load import Load, Measured, drive
+    from tta.scenario.load import Load, Measured, Wire, drive
 
     with Client(endpoint, CONTROL, timeout_s) as client:
         about = client.metadata()
@@ -63,7 +63,8 @@ def bench(
             speed = f"{measured.images / measured.seconds:8.0f} images/s" if measured.seconds else "warming up"
             bar.update(task, completed=done, description=speed)
 
-        report = drive(endpoint.split(","), batches, load, tell).report()
+        wire = Wire(endpoint.split(","), batches, load)
+        report = drive(wire, [len(b) for b in batches], load, tell).report()
     report = {"endpoint": endpoint, "model": about["name"], **_asked(load, batch), **report}
     if as_json:
         print_json(report)

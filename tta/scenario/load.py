@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from select import select
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,41 @@ class Load:
     observe: bool = False
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What became of one request.
+
+    Attributes:
+        number: of the request.
+        refused: why it was not answered; "" if it was.
+        version: of the model.
+        queue_s: seconds it waited in the server, if that says so.
+        compute_s: seconds of its batch, if the server says so.
+    """
+
+    number: int
+    refused: str = ""
+    version: int = 0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+
+class Transport(Protocol):
+    """How requests get to a server and replies back; nothing in it may wait but `wait`."""
+
+    def send(self, number: int, batch: int) -> None:
+        """Send the batch of this index as the request of this number."""
+
+    def receive(self) -> list[Reply]:
+        """Everything that has arrived."""
+
+    def wait(self, seconds: float) -> None:
+        """Until something arrives, or so long."""
+
+    def close(self) -> None:
+        """Forget what is unanswered."""
+
+
 @dataclass
 class Measured:
     """What came back after the warm-up.
@@ -53,6 +88,7 @@ class Measured:
         seconds: of the measured part.
         requests: answered in these seconds.
         images: answered in these seconds.
+        images_ever: answered at any time, warm-up and last answers included.
         sent: requests that were due in these seconds; all that follows is of them.
         latencies_s: seconds to each answer, by version.
         queue_s: seconds that answered requests waited in the server.
@@ -65,6 +101,7 @@ class Measured:
     seconds: float = 0.0
     requests: int = 0
     images: int = 0
+    images_ever: int = 0
     sent: int = 0
     latencies_s: dict[int, list[float]] = field(default_factory=dict)
     queue_s: list[float] = field(default_factory=list)
@@ -105,56 +142,37 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def drive(
-    endpoints: Sequence[str],
-    batches: Sequence[npt.NDArray[np.uint8]],
+    transport: Transport,
+    sizes: Sequence[int],
     load: Load,
     progress: Callable[[float, Measured], None] = lambda done, measured: None,
 ) -> Measured:
-    """Send requests and take their answers, in this thread.
+    """Send requests and take their answers, in this thread; the transport is closed at the end.
 
     Args:
-        endpoints: servers, in turn.
-        batches: (N, H, W, C) uint8 each; one a request, in turn.
+        transport: to a server.
+        sizes: images of each batch that can be sent; they are sent in turn.
         load: how many, how fast, how long.
         progress: told the share of the time that has passed, and what was measured so far.
-
-    Raises:
-        ConfigError: an endpoint is no address.
     """
-    return _Generator(endpoints, batches, load, progress).run()
+    return _Generator(transport, sizes, load, progress).run()
 
 
 class _Generator:
     def __init__(
         self,
-        endpoints: Sequence[str],
-        batches: Sequence[npt.NDArray[np.uint8]],
+        transport: Transport,
+        sizes: Sequence[int],
         load: Load,
         progress: Callable[[float, Measured], None],
     ) -> None:
+        self.transport = transport
+        self.sizes = sizes
         self.load = load
         self.progress = progress
         self.measured = Measured()
-        self.payloads = [np.ascontiguousarray(b).tobytes() for b in batches]
-        self.shapes = [list(b.shape) for b in batches]
-        self.due: dict[int, tuple[float, int]] = {}  # request to when it should have gone, and its images
+        self.due: dict[int, float] = {}  # request to when it should have gone
         self.next_id = 0
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.sockets = [self._connect(e) for e in endpoints]
-        self.descriptors = [int(s.getsockopt(zmq.FD)) for s in self.sockets]
-
-    def _connect(self, endpoint: str) -> "zmq.Socket[bytes]":
-        socket = self.context.socket(zmq.DEALER)
-        for option in (zmq.RCVHWM, zmq.SNDHWM, zmq.LINGER):
-            socket.setsockopt(option, 0)
-        try:
-            socket.connect(endpoint)
-        except zmq.ZMQError as error:
-            self.context.destroy(linger=0)
-            raise ConfigError(
-                f"endpoint {endpoint!r} is no address: write tcp://HOST:PORT or ipc://PATH"
-            ) from error
-        return socket
 
     def run(self) -> Measured:
         """Send for `duration_s` after the warm-up, then wait for what is unanswered."""
@@ -177,8 +195,8 @@ class _Generator:
                 if not self._receive():
                     self._wait(last)
         finally:
-            self.context.destroy(linger=0)
-        self.measured.unanswered = sum(at >= self.counted_from for at, _ in self.due.values())
+            self.transport.close()
+        self.measured.unanswered = sum(at >= self.counted_from for at in self.due.values())
         self.progress(1.0, self.measured)
         return self.measured
 
@@ -199,51 +217,109 @@ class _Generator:
     def _send_one(self, at: float) -> None:
         number = self.next_id
         self.next_id += 1
-        which = number % len(self.payloads)
-        request = protocol.Predict(
-            id=number,
-            dtype="uint8",
-            shape=self.shapes[which],
-            deadline_s=self.load.deadline_s,
-            observe=self.load.observe,
-        )
-        self.due[number] = (at, self.shapes[which][0])
+        self.due[number] = at
         self.measured.sent += at >= self.counted_from
-        socket = self.sockets[number % len(self.sockets)]
-        socket.send_multipart([*protocol.encode(request), self.payloads[which]])
+        self.transport.send(number, number % len(self.sizes))
 
     def _receive(self) -> int:
         """Take every answer that has arrived; how many."""
-        n = 0
-        for socket in self.sockets:
+        replies = self.transport.receive()
+        now = time.monotonic()
+        for reply in replies:
+            self._take(reply, now)
+        return len(replies)
+
+    def _take(self, reply: Reply, now: float) -> None:
+        at, m = self.due.pop(reply.number), self.measured
+        n_images = 0 if reply.refused else self.sizes[reply.number % len(self.sizes)]
+        m.images_ever += n_images
+        if n_images and self.counted_from <= now <= self.end:
+            m.requests += 1
+            m.images += n_images
+        if at < self.counted_from:
+            return
+        if reply.refused:
+            m.refused[reply.refused] = m.refused.get(reply.refused, 0) + 1
+            return
+        m.latencies_s.setdefault(reply.version, []).append(now - at)
+        m.queue_s.append(reply.queue_s)
+        m.compute_s.append(reply.compute_s)
+
+    def _wait(self, until: float) -> None:
+        left_s = min(TELL_S, until - time.monotonic())
+        if left_s > 0:
+            self.transport.wait(left_s)
+
+
+class Wire:
+    """A server of tta: one DEALER an endpoint, in turn.
+
+    Args:
+        endpoints: servers.
+        batches: (N, H, W, C) uint8 each.
+        load: what its requests say: deadline, whether the monitor sees them.
+
+    Raises:
+        ConfigError: an endpoint is no address.
+    """
+
+    def __init__(self, endpoints: Sequence[str], batches: Sequence[npt.NDArray[np.uint8]], load: Load) -> None:
+        self._load = load
+        self._payloads = [np.ascontiguousarray(b).tobytes() for b in batches]
+        self._shapes = [list(b.shape) for b in batches]
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._sockets = [self._connect(e) for e in endpoints]
+        self._descriptors = [int(s.getsockopt(zmq.FD)) for s in self._sockets]
+
+    def _connect(self, endpoint: str) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(zmq.DEALER)
+        for option in (zmq.RCVHWM, zmq.SNDHWM, zmq.LINGER):
+            socket.setsockopt(option, 0)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(
+                f"endpoint {endpoint!r} is no address: write tcp://HOST:PORT or ipc://PATH"
+            ) from error
+        return socket
+
+    def send(self, number: int, batch: int) -> None:
+        """See `Transport`; so are the others."""
+        request = protocol.Predict(
+            id=number,
+            dtype="uint8",
+            shape=self._shapes[batch],
+            deadline_s=self._load.deadline_s,
+            observe=self._load.observe,
+        )
+        socket = self._sockets[number % len(self._sockets)]
+        socket.send_multipart([*protocol.encode(request), self._payloads[batch]])
+
+    def receive(self) -> list[Reply]:
+        """Every reply that is there."""
+        replies = []
+        for socket in self._sockets:
             while True:
                 try:
                     frames = socket.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
                     break
-                n += 1
-                self._take(protocol.decode_reply(frames)[0], time.monotonic())
-        return n
+                replies.append(self.reply(*protocol.decode_reply(frames)))
+        return replies
 
-    def _take(self, header: dict[str, Any], now: float) -> None:
-        at, n_images = self.due.pop(header["id"], (0.0, 0))
-        m, answered = self.measured, header["code"] == Code.OK
-        if answered and self.counted_from <= now <= self.end:
-            m.requests += 1
-            m.images += n_images
-        if at < self.counted_from:
-            return
-        if not answered:
-            name = Code(header["code"]).name.lower()
-            m.refused[name] = m.refused.get(name, 0) + 1
-            return
-        m.latencies_s.setdefault(header["version"], []).append(now - at)
-        m.queue_s.append(header["queue_s"])
-        m.compute_s.append(header["compute_s"])
+    def reply(self, header: dict[str, Any], tensors: list[bytes]) -> Reply:
+        """What a decoded reply says."""
+        if header["code"] != Code.OK:
+            return Reply(header["id"], Code(header["code"]).name.lower())
+        return Reply(header["id"], "", header["version"], header["queue_s"], header["compute_s"])
 
-    def _wait(self, until: float) -> None:
-        """Until something arrives or the next is due; zmq's own poll knows whole milliseconds only."""
-        left_s = min(TELL_S, until - time.monotonic())
+    def wait(self, seconds: float) -> None:
+        """Finer than zmq's own poll, which knows whole milliseconds."""
         # A socket's descriptor tells edges only: what came while sending has to be looked for first.
-        if left_s > 0 and not any(int(s.getsockopt(zmq.EVENTS)) & zmq.POLLIN for s in self.sockets):
-            select(self.descriptors, (), (), left_s)
+        if not any(int(s.getsockopt(zmq.EVENTS)) & zmq.POLLIN for s in self._sockets):
+            select(self._descriptors, (), (), seconds)
+
+    def close(self) -> None:
+        """Drop what is unsent."""
+        self._context.destroy(linger=0)

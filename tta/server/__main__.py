@@ -33,6 +33,7 @@ from tta.server.options import Observation, ServerOptions
 from tta.server.predictor import Predictor
 
 OBSERVATION_BYTES = 256 << 20  # memory of batches queued for the daemon
+BUILDER_NICE = 10
 SHIP_S = 1.0  # seconds between two shipments of counters
 
 
@@ -46,7 +47,7 @@ class Server:
         # Ids are microseconds at start plus images since: unique over restarts, exact in a double.
         self.epoch = time.time_ns() // 1000
         self.next_id = self.epoch
-        self.builder: threading.Thread | None = None
+        self.building = False
 
     def startup(self) -> None:
         """Load the model, warm it, bind the sockets."""
@@ -227,16 +228,19 @@ class Server:
             self.should_exit = True
             respond({"op": "drain"})
         elif op == "swap":
-            if self.builder is not None and self.builder.is_alive():
+            if self.building:
                 respond({"op": "swap", "id": command["id"], "error": "another version is being prepared"})
                 return
-            self.builder = threading.Thread(target=self._swap, args=(command,), name="builder", daemon=True)
-            self.builder.start()
+            self.building = True
+            threading.Thread(target=self._swap, args=(command,), name="builder", daemon=True).start()
 
     def _swap(self, command: dict[str, Any]) -> None:
         """Builder thread: prepare, verify, flip, report."""
         reply: dict[str, Any] = {"op": "swap", "id": command["id"], "version": command["version"]}
         start = time.monotonic()
+        if self.options.threads == 1 and sys.platform == "linux":
+            # Niceness is a thread's on Linux. With more threads the new session's pool would inherit it for good.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BUILDER_NICE)
         try:
             previous = self.predictor.previous
             if previous is not None and previous.version == command["version"]:
@@ -255,6 +259,7 @@ class Server:
             self.log.exception("swap_failed", error=str(error))
             reply["error"] = f"internal: {type(error).__name__}"
         self.log.info("swap", **{k: v for k, v in reply.items() if k != "op"})
+        self.building = False  # before the answer, which may bring the next command
         socket = self.context.socket(zmq.PUSH)
         socket.connect("inproc://admin-replies")
         socket.send_multipart([command["identity"], msgspec.msgpack.encode(reply)])

@@ -119,6 +119,7 @@ class Batcher:
         self._clock = 0  # of the request taken last
         self._count = 0
         self._busy_until = 0.0  # when the batch now computed should be done
+        self._wanted = 0  # images that the inference thread waits for; 0: it does not wait
         self._ready = threading.Condition()
         self._closed = False
 
@@ -147,7 +148,8 @@ class Batcher:
             client.images += n
             self._clients[request.identity] = client
             self.images += n
-            self._ready.notify()
+            if 0 < self._wanted <= self.images:  # a wake-up for every request would cost more than the request
+                self._ready.notify()
             return evicted
 
     def _check_deadline(self, request: Pending, client: _Client) -> None:
@@ -231,7 +233,7 @@ class Batcher:
         with self._ready:
             if not self._clients:
                 self._busy_until = 0.0
-                self._ready.wait(timeout_s)
+                self._wait_for(1, timeout_s)
             else:
                 self._fill()
             batch: list[Pending] = []
@@ -263,7 +265,12 @@ class Batcher:
             left = end - time.monotonic()
             if left <= 0:
                 return
-            self._ready.wait(left)
+            self._wait_for(self.max_batch_size, left)
+
+    def _wait_for(self, images: int, timeout_s: float) -> None:
+        self._wanted = images
+        self._ready.wait(timeout_s)
+        self._wanted = 0
 
     def close(self) -> None:
         """Wake the inference thread for good; what is queued can still be taken."""
