@@ -1,21 +1,24 @@
-"""Does anybody notice a swap?
+"""Does anybody notice a swap, or the adapter at work beside?
 
     python -m bench.swap [--model resnet20] [--swaps 1000] [--pairs 11]
 
 A server process under constant load (half of what it can do, open loop, one image a request) on two cores shared with
-the load. Pairs of windows, one steady and one with a swap every 0.2 s, interleaved so that a noisy machine meets both
-alike; then swaps without a pause until there were enough. Three versions in turn, so that every swap builds a session.
-Every reply's logits are compared, bit for bit, with those of the version it names. Writes `results/swap.{json,md,png}`.
+the load. Rounds of three windows: one steady, one with a swap every 0.2 s, one beside a process that fine-tunes as the
+adapter does; in turning order, so that a noisy machine meets all alike. Then swaps without a pause until there were
+enough. Three versions in turn, so that every swap builds a session. Every reply's logits are compared with those of the
+version it names. Writes `results/swap.{json,md,png}`.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from bench.serving.models import SHAPES, model_files
 from bench.serving.servers import MAX_BATCH_IMAGES, Running, serving
 from bench.stamp import stamp
 from tta.bundle import Bundle, load_bundle
+from tta.config import AdaptConfig
 from tta.daemon.store import Store
 from tta.scenario.load import Load, Measured, Reply, Wire, drive
 from tta.server.predictor import Predictor
@@ -39,6 +43,8 @@ N_VERSIONS = 3
 WINDOW_S, WARMUP_S, EVERY_S = 3.0, 0.5, 0.2
 LOAD_SHARE = 0.5
 SLOW = 3.0  # times the steady median
+
+WINDOWS = ("steady", "swapping", "training")
 
 Json = dict[str, Any]
 Array = npt.NDArray[Any]
@@ -86,6 +92,20 @@ class Checked(Wire):
             self.largest = max(self.largest, difference)
             self.wrong += difference > 1e-4 * float(np.abs(row).max())
         return super().reply(header, tensors)
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """A process that fine-tunes a ResNet-20 as the adapter would, with its default niceness and threads."""
+    adapt = AdaptConfig()
+    argv = [sys.executable, "-m", "bench.serving.trainer", str(adapt.nice), str(os.getpid()), str(adapt.threads)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 class Swapper:
@@ -148,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.swap", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(SHAPES), default="resnet20", help="served")
     parser.add_argument("--swaps", type=int, default=1000, help="in all")
-    parser.add_argument("--pairs", type=int, default=11, help="of windows, steady and swapping")
+    parser.add_argument("--rounds", type=int, default=11, help="of windows: steady, swapping, training")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
     bundle = load_bundle(model_files(arguments.model)[0])
@@ -182,14 +202,17 @@ def measure(
 
     capacity = window(Load(outstanding=64, duration_s=WINDOW_S, warmup_s=WARMUP_S)).report()["requests_per_s"]
     load = Load(rate=LOAD_SHARE * capacity, duration_s=WINDOW_S, warmup_s=WARMUP_S, timeout_s=30.0)
-    pairs = []
-    for number in range(arguments.pairs):
-        # Each comes first as often as the other.
-        order = ("steady", "swapping") if number % 2 == 0 else ("swapping", "steady")
+    rounds = []
+    for number in range(arguments.rounds):
+        order = WINDOWS[number % 3 :] + WINDOWS[: number % 3]
         found: Json = {}
         for which in order:
             before = len(swapper.done)
-            measured = window(load) if which == "steady" else swapper.during(EVERY_S, lambda: window(load))
+            if which == "swapping":
+                measured = swapper.during(EVERY_S, lambda: window(load))
+            else:
+                with training() if which == "training" else nullcontext():
+                    measured = window(load)
             seconds = sorted(s for values in measured.latencies_s.values() for s in values)
             found[which] = {
                 "p50": float(np.median(seconds)),
@@ -202,20 +225,13 @@ def measure(
         for which in order:
             values = np.array(found[which].pop("latencies"))
             found[which]["slow"] = float((values > SLOW * found["steady"]["p50"]).mean())
-        pairs.append(found)
-        print(
-            f"pair {number + 1} of {arguments.pairs}: p99 {1e3 * found['steady']['p99']:.1f} ms steady, "
-            f"{1e3 * found['swapping']['p99']:.1f} ms with {found['swapping']['swaps']} swaps",
-            file=sys.stderr,
-            flush=True,
-        )
+        rounds.append(found)
+        told = ", ".join(f"{1e3 * found[which]['p99']:.1f} ms {which}" for which in WINDOWS)
+        print(f"round {number + 1} of {arguments.rounds}: p99 {told}", file=sys.stderr, flush=True)
     rest = []
     while len(swapper.done) < arguments.swaps:
         rest.append(swapper.during(0.0, lambda: window(load)).report()["latency_s"]["p50"])
         print(f"{len(swapper.done)} of {arguments.swaps} swaps", file=sys.stderr, flush=True)
-    ratios = np.array([p["swapping"]["p99"] / p["steady"]["p99"] for p in pairs])
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, (10_000, len(ratios))), axis=1)
     rss = [s["rss_bytes"] for s in swapper.done if s["rss_bytes"]]
     return {
         **stamp("python -m bench.swap"),
@@ -224,9 +240,8 @@ def measure(
         "cores": len(os.sched_getaffinity(0)),
         "swaps": len(swapper.done),
         **whole,
-        "p99_ratio": float(np.median(ratios)),
-        "p99_ratio_95": [float(v) for v in np.quantile(medians, (0.025, 0.975))],
-        "pairs": pairs,
+        "p99_ratio": {which: ratio(rounds, which) for which in WINDOWS[1:]},
+        "windows": rounds,
         "whole_s": [round(s["whole_s"], 5) for s in swapper.done],
         "prepare_s": [round(s["prepare_s"], 5) for s in swapper.done],
         "flip_s": [round(s["flip_s"], 7) for s in swapper.done],
@@ -235,13 +250,21 @@ def measure(
     }
 
 
+def ratio(rounds: list[Json], which: str) -> list[float]:
+    """Median ratio of a window's p99 to the steady one's of its round, and where 95 % of bootstraps lie."""
+    ratios = np.array([r[which]["p99"] / r["steady"]["p99"] for r in rounds])
+    medians = np.median(np.random.default_rng(0).choice(ratios, (10_000, len(ratios))), axis=1)
+    return [float(np.median(ratios)), *(float(v) for v in np.quantile(medians, (0.025, 0.975)))]
+
+
 def table(result: Json) -> list[str]:
     """What there is to say, as Markdown."""
 
-    def median(which: str, key: str) -> float:
-        return float(np.median([p[which][key] for p in result["pairs"]]))
+    def row(title: str, key: str, factor: float) -> str:
+        each = [factor * float(np.median([r[which][key] for r in result["windows"]])) for which in WINDOWS]
+        return f"| {title} | " + " | ".join(f"{v:.2f}" for v in each) + " |"
 
-    low, high = result["p99_ratio_95"]
+    told = {which: "{:.2f}× ({:.2f} to {:.2f})".format(*v) for which, v in result["p99_ratio"].items()}
     prepare, rss = np.array(result["prepare_s"]) * 1e3, result["rss_mb"]
     tenth = max(1, len(rss) // 10)
     first, last = np.median(prepare[:100]), np.median(prepare[-100:])
@@ -250,16 +273,17 @@ def table(result: Json) -> list[str]:
         "",
         f"{result['date']}, commit {result['commit']}, `{result['command']}`; {result['model']}, one image a request,",
         f"{result['rate']:g} requests a second (half of what the server can do), {result['cores']} cores for server and",
-        f"load; {len(result['pairs'])} interleaved pairs of {WINDOW_S:g} s windows, a swap every {EVERY_S:g} s in one.",
+        f"load; medians of {len(result['windows'])} interleaved rounds of {WINDOW_S:g} s windows: steady, a swap every",
+        f"{EVERY_S:g} s, and beside a process that fine-tunes as the adapter does.",
         "",
-        "| | steady | swapping |",
-        "| --- | --- | --- |",
-        f"| p50, ms | {1e3 * median('steady', 'p50'):.2f} | {1e3 * median('swapping', 'p50'):.2f} |",
-        f"| p99, ms | {1e3 * median('steady', 'p99'):.2f} | {1e3 * median('swapping', 'p99'):.2f} |",
-        f"| slower than {SLOW:g} times the steady median, % | {100 * median('steady', 'slow'):.2f} "
-        f"| {100 * median('swapping', 'slow'):.2f} |",
+        "| | " + " | ".join(WINDOWS) + " |",
+        "| --- |" + " --- |" * len(WINDOWS),
+        row("p50, ms", "p50", 1e3),
+        row("p99, ms", "p99", 1e3),
+        row(f"slower than {SLOW:g} times the steady median, %", "slow", 100),
         "",
-        f"p99 while swapping against steady: {result['p99_ratio']:.2f}× (95 % of bootstraps {low:.2f} to {high:.2f}).",
+        f"p99 against steady, median of the rounds (95 % of bootstraps): swapping {told['swapping']}, training",
+        f"{told['training']}.",
         "",
         f"{result['swaps']} swaps under load: {result['answered']:,} requests answered, {result['refused']} refused,",
         f"{result['unanswered']} unanswered, {result['wrong']} whose logits are not those of the version they name",
@@ -286,9 +310,9 @@ def write(result: Json, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for which, colour in (("steady", "#9a9a9a"), ("swapping", "#1f6f4a")):
-        left.plot([1e3 * p[which]["p99"] for p in result["pairs"]], "o-", color=colour, label=which)
-    left.set(xlabel="pair of windows", ylabel="p99, ms", ylim=(0, None))
+    for which, colour in zip(WINDOWS, ("#9a9a9a", "#1f6f4a", "#d9a441"), strict=True):
+        left.plot([1e3 * r[which]["p99"] for r in result["windows"]], "o-", color=colour, label=which)
+    left.set(xlabel="round", ylabel="p99, ms", ylim=(0, None))
     left.legend(frameon=False)
     right.plot(np.arange(len(result["rss_mb"])) * 10, result["rss_mb"], color="#1f6f4a")
     right.set(xlabel="swaps", ylabel="memory of the server, MB", ylim=(0, None))

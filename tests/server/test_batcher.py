@@ -89,8 +89,8 @@ def test_a_full_queue_refuses_who_fills_it() -> None:
 def test_the_queue_is_bounded_in_time() -> None:
     """Where an image takes 0.1 s, half a second's queue holds a handful, whatever its capacity in images."""
     batcher = Batcher(4, 0.0, 1000, 0.5)
-    batcher.compute_time.observe(4, 0.4)
-    batcher.compute_time.observe(1, 0.1)
+    batcher.observe(4, 0.4)
+    batcher.observe(1, 0.1)
     for i in range(5):
         batcher.put(request(b"a", i))
     with pytest.raises(OverloadedError):
@@ -102,8 +102,8 @@ def test_the_queue_is_bounded_in_time() -> None:
 def test_a_deadline_that_cannot_be_met_is_refused_on_arrival() -> None:
     """With two batches queued, a deadline within one is refused; another client is sooner, and meets it."""
     batcher = Batcher(4, 0.0, 1000, 60.0)
-    batcher.compute_time.observe(4, 1.0)
-    batcher.compute_time.observe(1, 0.5)
+    batcher.observe(4, 1.0)
+    batcher.observe(1, 0.5)
     for i in range(8):
         batcher.put(request(b"a", i))
     with pytest.raises(DeadlineError, match="later than its deadline") as refused:

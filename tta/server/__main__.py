@@ -28,7 +28,7 @@ from tta import log
 from tta.bundle import load_bundle
 from tta.errors import TTAError
 from tta.server.batcher import Batcher, Pending
-from tta.server.frontend import Computed, Failed, Frontend, Statistics
+from tta.server.frontend import Computed, Failed, Frontend, Statistics, send
 from tta.server.options import Observation, ServerOptions
 from tta.server.predictor import Predictor
 
@@ -88,7 +88,7 @@ class Server:
             x = np.zeros((size, *self.bundle.manifest.image_shape), np.uint8)
             start = time.monotonic()
             self.predictor.run(x)
-            self.batcher.compute_time.observe(size, time.monotonic() - start)
+            self.batcher.observe(size, time.monotonic() - start)
 
     def _first_version(self) -> Any:
         folder = self.options.version_folder
@@ -130,8 +130,6 @@ class Server:
 
     def predict_batches(self) -> None:
         """Take batches until draining is done; one version a batch, one batch a request."""
-        wake = self.context.socket(zmq.PUSH)
-        wake.connect("inproc://finished")
         observations = self.context.socket(zmq.PUSH)
         observations.setsockopt(zmq.SNDHWM, self._observation_limit())
         observations.setsockopt(zmq.LINGER, 0)
@@ -144,19 +142,18 @@ class Server:
             draining = self.frontend.draining  # from then on an empty queue stays empty
             batch, dropped = self.batcher.take(timeout_s=0.1)
             if dropped:
-                self.frontend.finish(Failed(dropped), wake)
+                self.frontend.finish(Failed(dropped))
             if batch:
                 try:
-                    self.frontend.finish(self._predict(batch, observations, sample), wake)
+                    self.frontend.finish(self._predict(batch, observations, sample))
                 except Exception as error:  # whatever the runtime raises, the clients get an answer
                     self.log.exception("batch_failed", error=str(error))
-                    self.frontend.finish(Failed(batch, error), wake)
+                    self.frontend.finish(Failed(batch, error))
             elif not dropped and draining:
                 break
             if time.monotonic() - shipped >= SHIP_S:
                 shipped = time.monotonic()
                 self._ship(observations, [msgspec.msgpack.encode(self.statistics.snapshot(self.batcher.images))])
-        wake.close()
         observations.close()
 
     def _observation_limit(self) -> int:
@@ -171,7 +168,7 @@ class Server:
         x = self._gather(batch)
         result = self.predictor.run(x)
         compute_s = time.monotonic() - start
-        self.batcher.compute_time.observe(len(x), compute_s)
+        self.batcher.observe(len(x), compute_s)
         first_id, self.next_id = self.next_id, self.next_id + len(x)
         self.statistics.images += len(x)
         self.statistics.batches += 1
@@ -201,7 +198,7 @@ class Server:
 
     def _ship(self, observations: "zmq.Socket[bytes]", frames: list[bytes]) -> None:
         try:
-            observations.send_multipart(frames, zmq.NOBLOCK)
+            send(observations, frames)
         except zmq.Again:  # the daemon is away or slow: predictions never wait for it
             self.statistics.observations_dropped += 1
 
@@ -260,10 +257,7 @@ class Server:
             reply["error"] = f"internal: {type(error).__name__}"
         self.log.info("swap", **{k: v for k, v in reply.items() if k != "op"})
         self.building = False  # before the answer, which may bring the next command
-        socket = self.context.socket(zmq.PUSH)
-        socket.connect("inproc://admin-replies")
-        socket.send_multipart([command["identity"], msgspec.msgpack.encode(reply)])
-        socket.close()
+        self.frontend.answer_admin(command["identity"], reply)
 
 
 def main() -> int:

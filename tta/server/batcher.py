@@ -11,6 +11,7 @@ queue drop, Suter et al., INFOCOM 1998), so that nobody is refused for what anot
 """
 
 import heapq
+import queue
 import threading
 import time
 from collections import deque
@@ -25,7 +26,7 @@ SMOOTHING = 0.1  # weight of the newest batch in the moving average of compute s
 LEAST_RETRY_S = 0.01
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Pending:
     """One admitted request.
 
@@ -113,6 +114,7 @@ class Batcher:
         self.capacity = capacity
         self.capacity_s = capacity_s
         self.images = 0  # queued now
+        self._room = capacity  # images queued at most, by number and by time
         self.compute_time = ComputeTime(max_batch_size)
         self._clients: dict[bytes, _Client] = {}  # those with something queued
         self._heap: list[tuple[int, int, Pending]] = []  # evicted ones stay until their turn
@@ -120,7 +122,8 @@ class Batcher:
         self._count = 0
         self._busy_until = 0.0  # when the batch now computed should be done
         self._wanted = 0  # images that the inference thread waits for; 0: it does not wait
-        self._ready = threading.Condition()
+        self._lock = threading.Lock()
+        self._ready: queue.SimpleQueue[None] = queue.SimpleQueue()  # a wake-up each; half the cost of a Condition
         self._closed = False
 
     def put(self, request: Pending) -> list[Pending]:
@@ -134,7 +137,7 @@ class Batcher:
             DeadlineError: by the present speed it could not start before it expires.
         """
         n = len(request.x)
-        with self._ready:
+        with self._lock:
             client = self._clients.get(request.identity) or _Client()
             if request.expires != float("inf"):
                 self._check_deadline(request, client)
@@ -149,7 +152,8 @@ class Batcher:
             self._clients[request.identity] = client
             self.images += n
             if 0 < self._wanted <= self.images:  # a wake-up for every request would cost more than the request
-                self._ready.notify()
+                self._wanted = 0
+                self._ready.put(None)
             return evicted
 
     def _check_deadline(self, request: Pending, client: _Client) -> None:
@@ -165,8 +169,8 @@ class Batcher:
 
     def _make_room(self, n: int, client: _Client) -> list[Pending]:
         """Evict the newest requests of those who have more queued; refuse where that is not enough."""
-        excess, own = self._excess(n), client.images + n
-        if not excess:
+        excess, own = self.images + n - self._room, client.images + n
+        if excess <= 0 or not self.images:
             return []
         others = [c for c in self._clients.values() if c is not client]
         if sum(max(0, c.images - own) for c in others) < excess:
@@ -179,12 +183,6 @@ class Batcher:
             self._forget(victim)
             evicted.append(victim)
         return evicted
-
-    def _excess(self, n: int) -> int:
-        """Images to be rid of before n more fit."""
-        excess = max(0, self.images + n - self.capacity)
-        too_long = self.images and self.compute_time.of(self.images + n) > self.capacity_s
-        return max(excess, n) if too_long else excess
 
     def _forget(self, request: Pending) -> None:
         """Account for a request that has left its client's queue."""
@@ -209,13 +207,17 @@ class Batcher:
 
     def credit(self) -> int:
         """Images that a client may have queued, if all that have something queued share alike."""
+        return max(1, self._room // max(1, len(self._clients)))
+
+    def observe(self, n_images: int, seconds: float) -> None:
+        """Learn how long a batch took, and so how many images there is time for."""
+        self.compute_time.observe(n_images, seconds)
         each_s = self.compute_time.of(self.max_batch_size) / self.max_batch_size
-        capacity = min(self.capacity, int(self.capacity_s / each_s)) if each_s else self.capacity
-        return max(1, capacity // max(1, len(self._clients)))
+        self._room = min(self.capacity, int(self.capacity_s / each_s)) if each_s else self.capacity
 
     def cancel(self, identity: bytes, request_id: Any) -> bool:
         """Mark a queued request as cancelled; False if it is not queued (any more)."""
-        with self._ready:
+        with self._lock:
             client = self._clients.get(identity)
             for request in client.queue if client else ():
                 if request.request_id == request_id:
@@ -230,7 +232,7 @@ class Batcher:
             The next batch, and requests that are not worth computing: cancelled or expired. Both are empty on
             time-out or close.
         """
-        with self._ready:
+        with self._lock:
             if not self._clients:
                 self._busy_until = 0.0
                 self._wait_for(1, timeout_s)
@@ -268,15 +270,22 @@ class Batcher:
             self._wait_for(self.max_batch_size, left)
 
     def _wait_for(self, images: int, timeout_s: float) -> None:
+        """Let go of the lock until so many images are queued; it may be woken early."""
         self._wanted = images
-        self._ready.wait(timeout_s)
-        self._wanted = 0
+        self._lock.release()
+        try:
+            self._ready.get(timeout=timeout_s)
+        except queue.Empty:
+            pass
+        finally:
+            self._lock.acquire()
+            self._wanted = 0
 
     def close(self) -> None:
         """Wake the inference thread for good; what is queued can still be taken."""
-        with self._ready:
+        with self._lock:
             self._closed = True
-            self._ready.notify_all()
+            self._ready.put(None)
 
 
 def overloaded_error(images: int, capacity: int, wait_s: float) -> OverloadedError:
