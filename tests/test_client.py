@@ -11,7 +11,7 @@ import zmq
 import tta
 import tta.protocol
 from tta.client import AsyncClient, Client
-from tta.errors import ConfigError, DeadlineError, InputError
+from tta.errors import ConfigError, DeadlineError, InputError, PreconditionError, UnavailableError
 from tta.protocol import Status
 from tta.scenario import DaemonProcess, free_ports
 
@@ -71,6 +71,24 @@ def test_nobody_there_is_a_deadline_error() -> None:
 
     with Client(endpoint, timeout_s=0.2) as client, pytest.raises(DeadlineError, match="is tta serving"):
         client.predict(np.zeros((1, 4, 4, 3), np.uint8))
+
+
+def test_a_closed_client_leaves_nobody_waiting() -> None:
+    """Tasks that wait when the block ends are told; closing twice is harmless; a closed client says so."""
+
+    async def run() -> object:
+        async with AsyncClient(f"tcp://127.0.0.1:{free_ports(1)[0]}", timeout_s=60) as client:
+            task = asyncio.create_task(client.predict(np.zeros((1, 4, 4, 3), np.uint8)))
+            await asyncio.sleep(0)
+        with pytest.raises(PreconditionError, match="async with"):
+            await client.predict(np.zeros((1, 4, 4, 3), np.uint8))
+        return await asyncio.gather(task, return_exceptions=True)
+
+    assert isinstance(asyncio.run(run())[0], UnavailableError)
+    with Client() as client:
+        client.close()
+        with pytest.raises(PreconditionError, match="closed"):
+            client.predict(np.zeros((1, 4, 4, 3), np.uint8))
 
 
 def test_many_requests_in_flight_over_asyncio(daemon: DaemonProcess, stream: tuple) -> None:

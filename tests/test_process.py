@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
+from tta.daemon.processes import is_alive
+
 WORKER = """
 import os, sys
 from tta.process import become_worker
@@ -52,4 +55,4 @@ worker.wait()
         rest = process.stdout.read()  # ends when the last process that holds the pipe has ended
 
     assert rest == ""
-    assert not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]
+    until(lambda: not is_alive(worker), "the end of the worker", 10)

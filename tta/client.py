@@ -23,11 +23,21 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from tta import protocol
-from tta.errors import Code, ConfigError, DeadlineError, InputError, PreconditionError, TTAError, from_wire
-from tta.outstanding import Answer, Outstanding
+from tta.errors import (
+    Code,
+    ConfigError,
+    DeadlineError,
+    InputError,
+    PreconditionError,
+    TTAError,
+    UnavailableError,
+    from_wire,
+)
+from tta.outstanding import Answer, Outstanding, Send
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 DEFAULT_CONTROL = "tcp://127.0.0.1:5556"
+MAX_WAITING = 64  # images that a blocking client holds back before `submit` waits
 ATTEMPTS = 4  # at most, of a request without an answer, in its time
 MAX_POLL_S = 60.0  # a poll takes no infinity
 
@@ -123,6 +133,12 @@ def _label_request(
     return protocol.encode(request, x)
 
 
+def endpoints_of(endpoint: str | Sequence[str]) -> list[str]:
+    """One address, several with commas between, or a sequence of them."""
+    names = endpoint.split(",") if isinstance(endpoint, str) else endpoint
+    return [name.strip() for name in names]
+
+
 class _Connections:
     """What both clients have: names, endpoints, and the requests that are not answered."""
 
@@ -135,13 +151,13 @@ class _Connections:
         retry: bool,
     ) -> None:
         self.timeout_s = timeout_s
-        names = endpoint.split(",") if isinstance(endpoint, str) else list(endpoint)
-        self._endpoints = [name.strip() for name in names]
+        self._endpoints = endpoints_of(endpoint)
         self._control = control
         self._name = secrets.token_hex(8)  # under which servers know a request that comes again
         self._ids = itertools.count(1)
         self._outstanding = Outstanding(
             len(self._endpoints),
+            self._name,
             window,
             timeout_s / ATTEMPTS if retry else None,
             f"no answer from {', '.join(self._endpoints)} within {timeout_s} s: is tta serving?",
@@ -160,16 +176,15 @@ class _Connections:
             observe=observe,
         )
         now = time.monotonic()
-        expires = now + self.timeout_s
-        retry_until = expires if deadline_s is None else min(expires, now + deadline_s)
-        self._outstanding.add(request.id, protocol.encode(request, x), len(x), expires, retry_until)
+        deadline = float("inf") if deadline_s is None else now + deadline_s
+        tensors = protocol.encode(request, x)[1:]
+        self._outstanding.add(request, tensors, len(x), now + self.timeout_s, deadline)
         return int(request.id)
 
     def _add_question(self, request: protocol.Request) -> int | str:
         """Take a request without images."""
         request.id = next(self._ids)
-        expires = time.monotonic() + self.timeout_s
-        self._outstanding.add(request.id, protocol.encode(request), 0, expires, expires)
+        self._outstanding.add(request, [], 0, time.monotonic() + self.timeout_s)
         return request.id
 
     def _control_silence(self) -> DeadlineError:
@@ -185,8 +200,8 @@ class Client(_Connections):
         control: where the daemon takes labels and commands.
         timeout_s: how long any call waits for its answer.
         window: images unanswered at one server at most; None: what the server grants. Further requests wait.
-        retry: send a request again that was refused for overload, or had no answer in a quarter of `timeout_s`;
-            the server knows it by its id and computes it once.
+        retry: send a request again that was refused for overload, or whose server has been silent for a quarter
+            of `timeout_s`; a server knows it by its id and computes it once.
     """
 
     def __init__(
@@ -211,10 +226,11 @@ class Client(_Connections):
         self.close()
 
     def close(self) -> None:
-        """Close the sockets; what was not sent is dropped."""
-        for socket in self._sockets:
-            socket.disable_monitor()
-        self._context.destroy(linger=0)
+        """Close the sockets; what was not sent is dropped. The client is of no more use."""
+        if not self._context.closed:
+            for socket in self._sockets:
+                socket.disable_monitor()
+            self._context.destroy(linger=0)
 
     def predict(
         self, x: Images, deadline_s: float | None = None, key: str | None = None, observe: bool = True
@@ -251,23 +267,28 @@ class Client(_Connections):
             TTAError: the first that any of them was answered.
         """
         waiting: deque[int] = deque()
-        for x in batches:
-            waiting.append(self.submit(x, deadline_s, key, observe))
-            while waiting and waiting[0] in self._outstanding.finished:
+        try:
+            for x in batches:
+                waiting.append(self.submit(x, deadline_s, key, observe))
+                while waiting and waiting[0] in self._outstanding.finished:
+                    yield _prediction(self._wait(waiting.popleft()))
+            while waiting:
                 yield _prediction(self._wait(waiting.popleft()))
-        while waiting:
-            yield _prediction(self._wait(waiting.popleft()))
+        finally:
+            for request_id in waiting:  # an error, or nobody wants the rest
+                self._outstanding.forget(request_id)
 
     def submit(
         self, x: Images, deadline_s: float | None = None, key: str | None = None, observe: bool = True
     ) -> int:
         """Send a request without waiting for its answer, which comes out of `results`. Returns its id.
 
-        Waits while as many images are unanswered as the servers grant.
+        Where as many images are unanswered as the servers grant, `MAX_WAITING` more wait in the client; then this
+        waits.
         """
         request_id = self._add(x, deadline_s, key, observe)
         self._turn(0.0)
-        while self._outstanding.is_waiting(request_id):
+        while self._outstanding.waiting_images > MAX_WAITING:
             self._turn(float("inf"))
         return request_id
 
@@ -286,9 +307,9 @@ class Client(_Connections):
 
     def cancel(self, request_id: int) -> None:
         """Ask for a submitted request to be dropped; its result is a CancelledError, or it came too late."""
-        endpoint = self._outstanding.cancel(request_id)
-        if endpoint is not None:
-            self._sockets[endpoint].send_multipart(protocol.encode(protocol.Cancel(id=request_id)))
+        send = self._outstanding.cancel(request_id)
+        if send is not None:
+            self._send(send)
 
     def metadata(self) -> dict[str, Any]:
         """Name, inputs, outputs, classes and version of the served model."""
@@ -341,7 +362,7 @@ class Client(_Connections):
     def _exchange(self, message: list[bytes]) -> dict[str, Any]:
         """Send a control request and wait for its reply."""
         if self._control_socket is None:
-            self._control_socket = _connect(self._context, self._control, self.timeout_s)
+            self._control_socket = _connect(self._context, self._control, self.timeout_s, queue=True)
         socket, request_id = self._control_socket, protocol.request_id(message)
         socket.send_multipart(message)
         end = time.monotonic() + self.timeout_s
@@ -356,6 +377,8 @@ class Client(_Connections):
 
     def _wait(self, request_id: int | str) -> Answer:
         while request_id not in self._outstanding.finished:
+            if not self._outstanding.is_known(request_id):
+                raise PreconditionError(f"the answer to request {request_id} was taken by `results`")
             self._turn(float("inf"))
         return self._outstanding.finished.pop(request_id)
 
@@ -366,10 +389,16 @@ class Client(_Connections):
         before = len(self._outstanding.finished)
         self._take(0.0)
         now = time.monotonic()
-        for endpoint, frames in self._outstanding.advance(now):
-            self._sockets[endpoint].send_multipart(frames)
+        for send in self._outstanding.advance(now):
+            self._send(send)
         if len(self._outstanding.finished) == before and until > now:
             self._take(min(until, self._outstanding.wake_at()) - now)
+
+    def _send(self, send: Send) -> None:
+        try:
+            self._sockets[send.endpoint].send_multipart(send.frames, zmq.NOBLOCK)
+        except zmq.Again:  # not connected
+            self._outstanding.unsent(send, time.monotonic())
 
     def _take(self, timeout_s: float) -> None:
         """Hand over every reply that has arrived, waiting for the first."""
@@ -387,20 +416,30 @@ class Client(_Connections):
                 self._outstanding.receive(endpoint, frames, time.monotonic())
 
     def _open(self) -> None:
-        for name in self._endpoints:
-            socket = _connect(self._context, name, self.timeout_s)
-            self._sockets.append(socket)
-            self._monitors.append(socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
+        if self._context.closed:
+            raise PreconditionError("the client is closed")
+        sockets = []
+        try:
+            for name in self._endpoints:
+                sockets.append(_connect(self._context, name, self.timeout_s))
+        except ConfigError:
+            for socket in sockets:
+                socket.close()
+            raise
+        self._sockets = sockets
+        self._monitors = [s.get_monitor_socket(zmq.EVENT_DISCONNECTED) for s in sockets]
         for socket in (*self._sockets, *self._monitors):
             self._poller.register(socket, zmq.POLLIN)
 
 
-def _connect(context: Any, endpoint: str, timeout_s: float) -> Any:
+def _connect(context: Any, endpoint: str, timeout_s: float, queue: bool = False) -> Any:
+    """A DEALER; unless it may `queue`, it takes nothing to send while there is no connection."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDTIMEO, round(timeout_s * 1000))
     socket.setsockopt(zmq.RCVHWM, 0)  # the client asked for every answer: none is dropped on its side
     socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.IMMEDIATE, int(not queue))
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:
@@ -433,14 +472,17 @@ class AsyncClient(_Connections):
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> "AsyncClient":
-        for i, name in enumerate(self._endpoints):
-            socket = _connect(self._context, name, self.timeout_s)
-            self._sockets.append(socket)
-            self._tasks.append(asyncio.create_task(self._read(i, socket)))
-            monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            self._tasks.append(asyncio.create_task(self._watch(i, monitor)))
-        self._control_socket = _connect(self._context, self._control, self.timeout_s)
-        self._tasks.append(asyncio.create_task(self._read_control(self._control_socket)))
+        try:
+            sockets = [_connect(self._context, name, self.timeout_s) for name in self._endpoints]
+            self._control_socket = _connect(self._context, self._control, self.timeout_s, queue=True)
+        except ConfigError:
+            self._context.destroy(linger=0)
+            raise
+        self._sockets = sockets
+        work = [self._read_control(self._control_socket)]
+        for i, socket in enumerate(sockets):
+            work += [self._read(i, socket), self._watch(i, socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))]
+        self._tasks = [asyncio.create_task(each) for each in work]
         return self
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -451,7 +493,9 @@ class AsyncClient(_Connections):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for socket in self._sockets:
             socket.disable_monitor()
+        self._sockets = []
         self._context.destroy(linger=0)
+        self._fail(UnavailableError("the client was closed before an answer came"))
 
     async def predict(
         self, x: Images, deadline_s: float | None = None, key: str | None = None, observe: bool = True
@@ -505,19 +549,30 @@ class AsyncClient(_Connections):
         self._turn()
         try:
             return await future
-        except asyncio.CancelledError:
-            endpoint = self._outstanding.cancel(request_id)
-            if endpoint is not None:
-                self._sockets[endpoint].send_multipart(protocol.encode(protocol.Cancel(id=request_id)))
-            self._outstanding.forget(request_id)
-            raise
         finally:
+            send = self._outstanding.cancel(request_id)  # nothing, if it was answered
+            if send is not None and self._sockets:
+                self._send(send)
+            self._outstanding.forget(request_id)
             del self._predicting[request_id]
+
+    def _send(self, send: Send) -> None:
+        # With zmq.asyncio a message that cannot go now is done with its exception.
+        sent: Any = self._sockets[send.endpoint].send_multipart(send.frames, zmq.NOBLOCK)
+        if sent.done() and isinstance(sent.exception(), zmq.Again):
+            self._outstanding.unsent(send, time.monotonic())
+
+    def _fail(self, error: TTAError) -> None:
+        """Tell everybody who waits."""
+        futures: list[asyncio.Future[Any]] = [*self._predicting.values(), *self._calling.values()]
+        for future in futures:
+            if not future.done():
+                future.set_exception(error)
 
     def _turn(self) -> None:
         """Send what is due, hand out what is finished, and come back when something is due next."""
-        for endpoint, frames in self._outstanding.advance(time.monotonic()):
-            self._sockets[endpoint].send_multipart(frames)
+        for send in self._outstanding.advance(time.monotonic()):
+            self._send(send)
         finished = self._outstanding.finished
         while finished:
             request_id = next(iter(finished))
@@ -536,10 +591,8 @@ class AsyncClient(_Connections):
             frames = await socket.recv_multipart()
             try:
                 self._outstanding.receive(endpoint, frames, time.monotonic())
-            except TTAError as error:  # what answers there is no tta: everybody who waits is told
-                for future in self._predicting.values():
-                    if not future.done():
-                        future.set_exception(error)
+            except TTAError as error:  # what answers there is no tta
+                self._fail(error)
             self._turn()
 
     async def _watch(self, endpoint: int, monitor: Any) -> None:

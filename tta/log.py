@@ -1,9 +1,27 @@
 """Logs: one JSON line an event on standard error, the same for every process."""
 
+import contextlib
 import logging
 import sys
+from typing import TextIO, cast
 
 import structlog
+
+
+class _Stream:
+    """Standard error, whoever reads it: a server outlives its daemon, and must outlive its log too."""
+
+    def write(self, text: str) -> int:
+        """As a file's; a line that nobody can read is dropped."""
+        try:
+            return sys.stderr.write(text)
+        except OSError:
+            return 0
+
+    def flush(self) -> None:
+        """As a file's."""
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def setup(process: str) -> structlog.typing.FilteringBoundLogger:
@@ -23,7 +41,7 @@ def setup(process: str) -> structlog.typing.FilteringBoundLogger:
             structlog.processors.JSONRenderer(default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Stream())),
     )
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(process=process)
     return logger

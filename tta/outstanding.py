@@ -4,10 +4,10 @@ No sockets and no clock, so that `Client` and `AsyncClient` are the same but for
 
 - A request goes to the endpoint with the fewest images unanswered, within the window that the server grants
   (`credit` of its newest reply). Where none has room, it waits here, in order.
-- One that is refused for overload, or because a server is going down, goes again after `retry_after_s`; one
-  without an answer after `retry_s`, or at once if the connection is lost. It keeps its id: a server computes it
-  once.
-- With several endpoints, one that is silent or draining is left out until it answers a `ready` again.
+- One that is refused for overload, or because a server is going down, goes again after `retry_after_s`. So does
+  one whose endpoint has said nothing at all for `retry_s`, or whose connection is lost: to the same endpoint,
+  which knows it by its id and computes it once, or to another, and the one before is told to forget it.
+- With several endpoints, one that is silent or draining is left out until it says that it is ready.
 - After its time is up, a request is given up.
 """
 
@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from tta import protocol
-from tta.errors import CancelledError, Code, DeadlineError, TTAError, from_wire
+from tta.errors import CancelledError, Code, DeadlineError, TTAError, UnavailableError, from_wire
 
 FIRST_WINDOW = 64  # images, until the server has said how many
 PROBE_S = 1.0  # seconds between two questions to an endpoint that does not answer
 PROBE_ID = "ready?"
 JITTER = 0.25  # of retry_after_s, so that those refused together do not come back together
-LOST_S = 0.05  # seconds before a request goes again on a connection that was lost
+LOST_S = 0.05  # seconds before a request goes again whose connection was lost
+UNSENT_S, LONGEST_UNSENT_S = 0.005, 0.25  # seconds that an endpoint without a connection is left alone, doubling
 
 RequestId = int | str
 Header = dict[str, Any]
@@ -35,12 +36,13 @@ Answer = tuple[Header, list[bytes]] | TTAError  # header and tensors, or what we
 
 @dataclass(eq=False)
 class _Request:
-    request_id: RequestId
-    frames: list[bytes]
+    request: protocol.Request
+    tensors: list[bytes]
     n_images: int
     expires: float
-    retry_until: float
+    deadline: float  # when it has to start
     endpoint: int | None = None  # where it is now; None: it waits here
+    sent: float = 0.0
     due: float = 0.0  # when it goes (again)
     queued: bool = True  # it goes as soon as there is room
     refused: TTAError | None = None  # the newest refusal, told if there is no time for another attempt
@@ -51,7 +53,19 @@ class _Endpoint:
     window: int
     usable: bool
     images: int = 0  # unanswered
+    heard: float = 0.0  # when it last said anything
     probe_at: float = 0.0
+    connects_at: float = 0.0  # without a connection: when to try again
+    unsent_s: float = UNSENT_S
+
+
+@dataclass(frozen=True)
+class Send:
+    """A message to be sent; `Outstanding.unsent` takes it back if it cannot be."""
+
+    endpoint: int
+    frames: list[bytes]
+    request_id: RequestId | None = None  # of a request that waits for an answer
 
 
 class Outstanding:
@@ -59,16 +73,22 @@ class Outstanding:
 
     Args:
         n_endpoints: servers that can answer.
+        client: name under which servers know requests that come again.
         window: images unanswered at one endpoint at most; None: what the server grants.
-        retry_s: seconds without an answer after which a request goes again; None: nothing is sent twice.
+        retry_s: seconds of silence after which a request goes again; None: nothing is sent twice.
         silence: what to say of a request that was given up.
 
     Attributes:
         finished: the answers nobody has taken yet, in order of arrival.
+        waiting_images: of requests that are not sent (again) yet, for want of room, a connection or time.
     """
 
-    def __init__(self, n_endpoints: int, window: int | None, retry_s: float | None, silence: str) -> None:
+    def __init__(
+        self, n_endpoints: int, client: str, window: int | None, retry_s: float | None, silence: str
+    ) -> None:
         self.finished: dict[RequestId, Answer] = {}
+        self.waiting_images = 0
+        self._client = client
         self._window = window
         self._retry_s = retry_s
         self._silence = silence
@@ -76,52 +96,89 @@ class Outstanding:
         self._endpoints = [_Endpoint(window or FIRST_WINDOW, self._alone) for _ in range(n_endpoints)]
         self._requests: dict[RequestId, _Request] = {}
         self._queue: deque[_Request] = deque()
+        self._unsent: list[_Request] = []  # back to the front of it
+        self._again: list[_Request] = []  # to be sent to the endpoint where they are
+        self._forgotten: list[tuple[int, RequestId]] = []  # to be cancelled at an endpoint they have left
         self._alarms: list[tuple[float, int, _Request]] = []  # when a request is due or given up
         self._count = itertools.count()
         self._random = random.Random()
 
     def add(
-        self, request_id: RequestId, frames: list[bytes], n_images: int, expires: float, retry_until: float
+        self,
+        request: protocol.Request,
+        tensors: list[bytes],
+        n_images: int,
+        expires: float,
+        deadline: float = float("inf"),
     ) -> None:
         """Take a request.
 
         Args:
-            request_id: of which there is no other here.
-            frames: what to send.
+            request: with an id of which there is no other here.
+            tensors: the frames after its header.
             n_images: that count against the window.
             expires: when to give up.
-            retry_until: when to stop trying again.
+            deadline: when it has to have started; the server is told how long that is when it is sent.
         """
-        request = _Request(request_id, frames, n_images, expires, retry_until)
-        self._requests[request_id] = request
-        self._queue.append(request)
-        self._alarm(expires, request)
+        entry = _Request(request, tensors, n_images, expires, deadline)
+        self._requests[request.id] = entry
+        self._queue.append(entry)
+        self.waiting_images += n_images
+        self._alarm(expires, entry)
 
-    def advance(self, now: float) -> list[tuple[int, list[bytes]]]:
-        """What is to be sent now: (endpoint, frames). Requests whose time is up move to `finished`."""
+    def advance(self, now: float) -> list[Send]:
+        """What is to be sent now. Requests whose time is up move to `finished`."""
         while self._alarms and self._alarms[0][0] <= now:
-            request = heapq.heappop(self._alarms)[2]
-            if self._requests.get(request.request_id) is not request:
+            entry = heapq.heappop(self._alarms)[2]
+            if not self._is_alive(entry):
                 continue
-            if request.expires <= now:
-                self._finish(request, request.refused or DeadlineError(self._silence))
-            elif request.due <= now and not request.queued:
-                self._silent(request, now)
-        sends = []
+            if entry.expires <= now:
+                self._finish(entry, entry.refused or DeadlineError(self._silence))
+            elif entry.due <= now and not entry.queued:
+                self._is_due(entry, now)
+        sends = [
+            Send(at, protocol.encode(protocol.Cancel(id=i, client=self._client))) for at, i in self._forgotten
+        ]
+        sends += [
+            Send(e.endpoint, self._frames(e, now), e.request.id) for e in self._again if e.endpoint is not None
+        ]
+        self._forgotten, self._again = [], []
         for i, endpoint in enumerate(self._endpoints):
             if not endpoint.usable and endpoint.probe_at <= now:
                 endpoint.probe_at = now + PROBE_S
-                sends.append((i, protocol.encode(protocol.Ready(id=PROBE_ID))))
+                sends.append(Send(i, protocol.encode(protocol.Ready(id=PROBE_ID))))
+        self._queue.extendleft(reversed(self._unsent))
+        self._unsent = []
         while self._queue:
-            place = self._place(self._queue[0].n_images)
+            entry = self._queue[0]
+            if self._is_alive(entry) and entry.deadline <= now:
+                late = DeadlineError("its deadline passed before it could be sent")
+                self._finish(entry, entry.refused or late)
+            place = self._place(entry.n_images, now) if self._is_alive(entry) else -1
             if place is None:
                 break
-            request = self._queue.popleft()
-            request.queued = False
-            if self._requests.get(request.request_id) is request:
-                self._go(request, place, now)
-                sends.append((place, request.frames))
+            self._queue.popleft().queued = False
+            if place >= 0:
+                entry.endpoint, entry.sent = place, now
+                self.waiting_images -= entry.n_images
+                self._endpoints[place].images += entry.n_images
+                if self._retry_s is not None:
+                    self._due(entry, now + self._retry_s)
+                sends.append(Send(place, self._frames(entry, now), entry.request.id))
         return sends
+
+    def unsent(self, send: Send, now: float) -> None:
+        """A message could not be sent for want of a connection: it is tried again, even without retries."""
+        place = self._endpoints[send.endpoint]
+        if place.connects_at <= now:
+            place.connects_at = now + place.unsent_s
+            place.unsent_s = min(LONGEST_UNSENT_S, 2 * place.unsent_s)
+        place.probe_at = min(place.probe_at, place.connects_at)
+        entry = self._requests.get(send.request_id) if send.request_id is not None else None
+        if entry is not None and entry.endpoint == send.endpoint:
+            self._leave(entry)
+            entry.queued = True
+            self._unsent.append(entry)
 
     def receive(self, endpoint: int, frames: Sequence[bytes], now: float) -> None:
         """Take a reply; an answer moves its request to `finished`.
@@ -131,121 +188,145 @@ class Outstanding:
         """
         header, tensors = protocol.decode_reply(frames)
         place, request_id, code = self._endpoints[endpoint], header.get("id", 0), header.get("code", 0)
+        place.heard, place.connects_at, place.unsent_s = now, 0.0, UNSENT_S
         if request_id == PROBE_ID:
             place.usable = bool(header.get("ready"))
             return
-        place.usable = place.usable or code != Code.UNAVAILABLE
+        if code == Code.UNAVAILABLE and not self._alone:
+            place.usable = False
         if self._window is None and "credit" in header:
             place.window = max(1, int(header["credit"]))
-        request = self._requests.get(request_id)
-        if (
-            request is None or "cancelled" in header
-        ):  # answered before; or the answer to `cancel`, not to the request
+        entry = self._requests.get(request_id) if isinstance(request_id, int | str) else None
+        if entry is None or "cancelled" in header:  # answered before; or the answer to a cancel
             return
         if code == Code.OK:
-            self._finish(request, (header, tensors))
-            return
-        error = from_wire(code, header.get("error", ""), header.get("retry_after_s"))
-        error.add_note(f"request {request_id}")
-        if not self._again(request, endpoint, error, now):
-            self._finish(request, error)
+            self._finish(entry, (header, tensors))
+        elif entry.endpoint == endpoint:  # else it has left, and another endpoint decides
+            error = from_wire(code, header.get("error", ""), header.get("retry_after_s"))
+            error.add_note(f"request {request_id}")
+            if not self._goes_again(entry, endpoint, error, now):
+                self._finish(entry, error)
 
     def lost(self, endpoint: int, now: float) -> None:
-        """A connection is gone: what was sent over it goes again."""
+        """A connection is gone: what was sent over it goes again, or is given up."""
         place = self._endpoints[endpoint]
         place.usable = self._alone
         place.probe_at = now + LOST_S
-        for request in [r for r in self._requests.values() if r.endpoint == endpoint]:
-            if self._retry_s is not None and now < request.retry_until:
-                self._later(request, now + LOST_S)
+        for entry in [r for r in self._requests.values() if r.endpoint == endpoint]:
+            if self._retry_s is None:
+                self._finish(entry, UnavailableError("the connection was lost before an answer came"))
+            else:
+                self._later(entry, now + LOST_S)
 
-    def cancel(self, request_id: RequestId) -> int | None:
-        """Where to tell that a request is not wanted any more; one that was not sent is finished here."""
-        request = self._requests.get(request_id)
-        if request is not None and request.endpoint is None:
-            self._finish(request, CancelledError("cancelled before it was sent"))
-        return request.endpoint if request is not None else None
+    def cancel(self, request_id: RequestId) -> Send | None:
+        """What to send so that a request is dropped; one that is nowhere else is finished here."""
+        entry = self._requests.get(request_id)
+        if entry is None:
+            return None
+        if entry.endpoint is None:
+            self._finish(entry, CancelledError("cancelled before it was sent"))
+            return None
+        entry.deadline, entry.refused = float("-inf"), CancelledError("cancelled")  # it is not sent again
+        return Send(entry.endpoint, protocol.encode(protocol.Cancel(id=request_id, client=self._client)))
 
     def forget(self, request_id: RequestId) -> None:
         """Nobody waits for this answer: neither send the request again nor keep the answer."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._finish(request, CancelledError("forgotten"))
+        entry = self._requests.get(request_id)
+        if entry is not None:
+            self._finish(entry, CancelledError("forgotten"))
         self.finished.pop(request_id, None)
 
-    def is_waiting(self, request_id: RequestId) -> bool:
-        """Whether a request has not been sent (again) for want of room."""
-        request = self._requests.get(request_id)
-        return request is not None and request.endpoint is None
+    def is_known(self, request_id: RequestId) -> bool:
+        """Whether a request is unanswered, or its answer not taken."""
+        return request_id in self._requests or request_id in self.finished
 
     def wake_at(self) -> float:
         """When `advance` has something to do, if nothing arrives before."""
         alarm = self._alarms[0][0] if self._alarms else float("inf")
-        if self._requests:
-            return min([alarm, *(e.probe_at for e in self._endpoints if not e.usable)])
-        return alarm
+        if not self._requests:
+            return alarm
+        probes = [e.probe_at for e in self._endpoints if not e.usable]
+        connections = [e.connects_at for e in self._endpoints if e.connects_at and (self._queue or self._unsent)]
+        return min([alarm, *probes, *connections])
 
-    def _place(self, n_images: int) -> int | None:
+    def _is_alive(self, entry: _Request) -> bool:
+        return self._requests.get(entry.request.id) is entry
+
+    def _frames(self, entry: _Request, now: float) -> list[bytes]:
+        if isinstance(entry.request, protocol.Predict) and entry.deadline != float("inf"):
+            entry.request.deadline_s = entry.deadline - now
+        return [*protocol.encode(entry.request), *entry.tensors]
+
+    def _place(self, n_images: int, now: float) -> int | None:
         """The endpoint that has room and least to do."""
         open_ = [
             (e.images, i)
             for i, e in enumerate(self._endpoints)
-            if e.usable and (e.images == 0 or e.images + n_images <= e.window)
+            if e.usable and e.connects_at <= now and (e.images == 0 or e.images + n_images <= e.window)
         ]
         return min(open_)[1] if open_ else None
 
-    def _go(self, request: _Request, place: int, now: float) -> None:
-        request.endpoint = place
-        self._endpoints[place].images += request.n_images
-        if self._retry_s is not None:
-            self._due(request, now + self._retry_s)
+    def _due(self, entry: _Request, at: float) -> None:
+        entry.due = at
+        self._alarm(at, entry)
 
-    def _due(self, request: _Request, at: float) -> None:
-        request.due = at
-        self._alarm(at, request)
+    def _alarm(self, at: float, entry: _Request) -> None:
+        heapq.heappush(self._alarms, (at, next(self._count), entry))
+        if len(self._alarms) > 64 + 4 * len(self._requests):  # most are of requests that were answered long ago
+            self._alarms = [alarm for alarm in self._alarms if self._is_alive(alarm[2])]
+            heapq.heapify(self._alarms)
 
-    def _alarm(self, at: float, request: _Request) -> None:
-        heapq.heappush(self._alarms, (at, next(self._count), request))
+    def _later(self, entry: _Request, at: float) -> None:
+        """Take a request off its endpoint and send it again at a time."""
+        self._leave(entry)
+        self._due(entry, at)
 
-    def _leave(self, request: _Request) -> None:
-        """Take a request off its endpoint's account."""
-        if request.endpoint is not None:
-            self._endpoints[request.endpoint].images -= request.n_images
-            request.endpoint = None
+    def _leave(self, entry: _Request) -> None:
+        if entry.endpoint is not None:
+            self._endpoints[entry.endpoint].images -= entry.n_images
+            self.waiting_images += entry.n_images
+            entry.endpoint = None
 
-    def _later(self, request: _Request, at: float) -> None:
-        self._leave(request)
-        self._due(request, at)
+    def _is_due(self, entry: _Request, now: float) -> None:
+        """A request is due: after a refusal, or since no answer came."""
+        if entry.endpoint is None:
+            entry.queued = True
+            self._queue.append(entry)
+            return
+        place = self._endpoints[entry.endpoint]
+        if self._retry_s is None or now >= entry.deadline:
+            return
+        if place.heard > entry.sent and now - place.heard < self._retry_s:
+            self._due(entry, place.heard + self._retry_s)  # it is slow, not silent
+        elif self._alone:
+            self._again.append(entry)
+            self._due(entry, now + self._retry_s)
+        else:
+            place.usable = False
+            self._forgotten.append((entry.endpoint, entry.request.id))
+            self._later(entry, now)
+            entry.queued = True
+            self._queue.append(entry)
 
-    def _silent(self, request: _Request, now: float) -> None:
-        """A request is due: for the first time after a refusal, or again since no answer came."""
-        if request.endpoint is not None:
-            if now >= request.retry_until:
-                return
-            if not self._alone:
-                self._endpoints[request.endpoint].usable = False
-            self._leave(request)
-        request.queued = True
-        self._queue.append(request)
-
-    def _again(self, request: _Request, endpoint: int, error: TTAError, now: float) -> bool:
+    def _goes_again(self, entry: _Request, endpoint: int, error: TTAError, now: float) -> bool:
         """Whether a refused request is to be tried again, and when."""
         if self._retry_s is None or error.code not in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE):
             return False
         place = self._endpoints[endpoint]
         after = (error.retry_after_s or LOST_S) * (1 + JITTER * self._random.random())
-        if not self._alone:
-            after = 0.0 if error.code == Code.UNAVAILABLE else after
-            place.usable = place.usable and error.code != Code.UNAVAILABLE
-        if now + after >= request.retry_until:
+        if not self._alone and error.code == Code.UNAVAILABLE:
+            after = 0.0
+        if now + after >= min(entry.expires, entry.deadline):
             return False
         if self._window is None:
             place.window = max(1, place.window // 2)  # until an answer says what is granted now
-        request.refused = error
-        self._later(request, now + after)
+        entry.refused = error
+        self._later(entry, now + after)
         return True
 
-    def _finish(self, request: _Request, answer: Answer) -> None:
-        self._leave(request)
-        del self._requests[request.request_id]
-        self.finished[request.request_id] = answer
+    def _finish(self, entry: _Request, answer: Answer) -> None:
+        self._leave(entry)
+        self.waiting_images -= entry.n_images
+        entry.tensors = []  # an alarm may hold the entry for a while
+        del self._requests[entry.request.id]
+        self.finished[entry.request.id] = answer

@@ -1,5 +1,6 @@
 """What every worker process does first: lower its priority and die with its parent."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,10 +19,9 @@ def become_worker(nice: int, parent: int) -> None:
         parent: pid of the daemon; in a container it may well be 1.
     """
     os.nice(nice)
-    if hasattr(
-        os, "SCHED_BATCH"
-    ):  # never preempt whoever is awake: a p99 of the server 18 to 11 ms, with the next
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if hasattr(os, "SCHED_BATCH"):  # woken, it does not push aside whoever runs
+        with contextlib.suppress(OSError):  # under another policy already
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     _be_nice_as_a_session(nice)
     try:
         ctypes.CDLL("libc.so.6", use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -3,7 +3,7 @@
 Every message is ZeroMQ multipart: `[msgpack header][raw tensor bytes]...`. Tensors are little-endian,
 row-major and unpadded (the rules of KServe v2's raw tensors); their dtype and shape stand in the header.
 
-    data socket      predict | cancel | metadata | ready                       → one reply a request
+    data socket      predict | cancel | metadata | ready
     control socket   label | status | versions | rollback | reset | pause | resume | adapt | approve | accept
                      | ask | metadata | ready
 
@@ -16,7 +16,8 @@ row-major and unpadded (the rules of KServe v2's raw tensors); their dtype and s
 others follow by one; a label refers to it later. `credit` is how many images a client may have unanswered
 without being refused, as long as so many clients share the queue. A late answer may be asked for again: with
 a random name of its own as `client`, a client repeats the request under the same `id`, on any connection, and
-it is computed once. Unknown header fields are ignored, so that fields can be added within a version. Decoding
+it is computed once. Every request has one reply; `cancel` has the id of what it cancels, and a reply of its
+own, with `cancelled`. Unknown header fields are ignored, so that fields can be added within a version. Decoding
 goes: frame count, version, operation, sizes, content.
 """
 
@@ -32,10 +33,13 @@ import numpy.typing as npt
 from tta.errors import Code, InputError, ProtocolError, TTAError
 
 PROTOCOL_VERSION = 1
+MAX_FRAMES = 2
 MAX_HEADER_BYTES = 1 << 16
 MAX_ID_CHARS = 256
 MAX_KEY_CHARS = 64
 MAX_CLIENT_CHARS = 64
+MAX_DTYPE_CHARS = 16
+MAX_DIMENSIONS = 8
 
 Array = npt.NDArray[Any]
 Buffer = bytes | memoryview  # a frame: copied, or as it lies in the socket's memory
@@ -65,8 +69,8 @@ class Predict(Request, tag_field="op", tag="predict", omit_defaults=True, kw_onl
             traffic. They cannot be labelled.
     """
 
-    dtype: str
-    shape: list[int]
+    dtype: Annotated[str, msgspec.Meta(max_length=MAX_DTYPE_CHARS)]
+    shape: Annotated[list[int], msgspec.Meta(max_length=MAX_DIMENSIONS)]
     deadline_s: float | None = None
     key: Annotated[str, msgspec.Meta(max_length=MAX_KEY_CHARS)] | None = None
     client: Annotated[str, msgspec.Meta(max_length=MAX_CLIENT_CHARS)] | None = None
@@ -74,7 +78,13 @@ class Predict(Request, tag_field="op", tag="predict", omit_defaults=True, kw_onl
 
 
 class Cancel(Request, tag_field="op", tag="cancel", omit_defaults=True, kw_only=True):
-    """Forget the queued request with this `id`; the cancelled request is answered with CANCELLED."""
+    """Forget the queued request with this `id`: answered with `cancelled`, and the request with CANCELLED.
+
+    Attributes:
+        client: name under which the request was sent, if it was: it may have come over another connection.
+    """
+
+    client: Annotated[str, msgspec.Meta(max_length=MAX_CLIENT_CHARS)] | None = None
 
 
 class Metadata(Request, tag_field="op", tag="metadata", omit_defaults=True, kw_only=True):
@@ -204,7 +214,7 @@ def decode_control(frames: Sequence[Buffer]) -> ControlRequest:
 
 
 def _decode(frames: Sequence[Buffer], decoder: "msgspec.msgpack.Decoder[_R]") -> _R:
-    if not 1 <= len(frames) <= 2:
+    if not 1 <= len(frames) <= MAX_FRAMES:
         raise ProtocolError(f"expected 1 or 2 frames (header, payload), got {len(frames)}")
     if len(frames[0]) > MAX_HEADER_BYTES:
         raise ProtocolError(f"header of {len(frames[0])} bytes; at most {MAX_HEADER_BYTES} are read")

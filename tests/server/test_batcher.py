@@ -65,25 +65,67 @@ def test_large_requests_are_no_larger_share() -> None:
 
 
 def test_a_full_queue_refuses_who_fills_it() -> None:
-    """The one with most queued loses its newest requests to newcomers, and is refused itself."""
+    """Who has most queued is refused, and loses its newest requests to others, whose first has room beyond."""
     batcher = Batcher(4, 0.0, 10, 60.0)
     for i in range(10):
         batcher.put(request(b"flood", i))
-    with pytest.raises(OverloadedError, match="10 of 10 images") as refused:
+    with pytest.raises(OverloadedError, match="10 images; room for 10") as refused:
         batcher.put(request(b"flood", 10))
-    evicted = batcher.put(request(b"new", 0, 2))
+    assert batcher.put(request(b"new", 0, 2)) == []
+    evicted = batcher.put(request(b"new", 1, 1))
     with pytest.raises(OverloadedError):
-        batcher.put(request(b"new", 1, 7))  # more than the other would keep
+        batcher.put(request(b"new", 2, 7))  # more than the other would keep
     batch, _ = batcher.take(0.0)
 
     assert refused.value.retry_after_s is not None
-    assert names(evicted) == [(b"flood", 9), (b"flood", 8)]
+    assert names(evicted) == [(b"flood", 9), (b"flood", 8), (b"flood", 7)]
     assert (b"new", 0) in names(batch)
     assert batcher.images == 10 - sum(len(r.x) for r in batch)
     left: list[Pending] = []
     while batcher.images:
         left += batcher.take(0.0)[0]
-    assert not {9, 8} & {r.request_id for r in left}
+    assert not {9, 8, 7} & {r.request_id for r in left}
+
+
+def test_eviction_takes_back_what_it_cost() -> None:
+    """A client whose requests were evicted is not further behind than one that never sent them."""
+    batcher = Batcher(1, 0.0, 10, 60.0)
+    for i in range(10):
+        batcher.put(request(b"a", i))
+    batcher.put(request(b"b", 0))
+    for i in range(1, 5):
+        batcher.put(request(b"b", i))
+    order = []
+    while batcher.images:
+        order += [r.identity for r in batcher.take(0.0)[0]]
+
+    assert order[:10] == [b"a", b"b"] * 5
+
+
+def test_a_large_request_and_small_ones_do_not_push_each_other_out() -> None:
+    """As large as the queue, it is taken beside one small image, and a small one beside it."""
+    batcher = Batcher(4, 0.0, 10, 60.0)
+    batcher.put(request(b"small", 0))
+    assert batcher.put(request(b"large", 0, 10)) == []
+    assert batcher.put(request(b"other", 0)) == []
+    with pytest.raises(OverloadedError):
+        batcher.put(request(b"large", 1, 10))
+
+    assert batcher.images == 12
+
+
+def test_a_client_that_is_never_queued_twice_does_not_starve_others() -> None:
+    """One that sends a full batch while its last one is computed leaves half of the images to the other."""
+    batcher = Batcher(8, 0.0, 1000, 60.0)
+    for i in range(200):
+        batcher.put(request(b"single", i))
+    images = {b"batches": 0, b"single": 0}
+    for i in range(20):
+        batcher.put(request(b"batches", i, 8))
+        for r in batcher.take(0.0)[0]:
+            images[r.identity] += len(r.x)
+
+    assert abs(images[b"batches"] - images[b"single"]) <= 16
 
 
 def test_the_queue_is_bounded_in_time() -> None:

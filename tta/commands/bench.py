@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tta.client import Client
+from tta.client import Client, endpoints_of
 from tta.commands.output import (
     CONTROL,
     ENDPOINT,
@@ -63,7 +63,7 @@ def bench(
             speed = f"{measured.images / measured.seconds:8.0f} images/s" if measured.seconds else "warming up"
             bar.update(task, completed=done, description=speed)
 
-        wire = Wire(endpoint.split(","), batches, load)
+        wire = Wire(endpoints_of(endpoint), batches, load)
         report = drive(wire, [len(b) for b in batches], load, tell).report()
     report = {"endpoint": endpoint, "model": about["name"], **_asked(load, batch), **report}
     if as_json:
@@ -112,7 +112,7 @@ def _print(report: dict[str, Any]) -> None:
     answered_by = ", ".join(report["versions"]) or "none"
     console.print(f"refused: {refused}; without any answer: {report['unanswered']}; versions: {answered_by}")
     late, median = report["generator_late_s"].get("p50", 0.0), report["latency_s"].get("p50", 0.0)
-    if late > LATE * median:
+    if median and late > LATE * median:
         console.print(
             f"[yellow]The load generator itself was {1000 * late:.2f} ms late in the median: "
             "it has too little CPU for this rate, and part of the latency is its own.[/yellow]"

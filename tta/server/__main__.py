@@ -26,7 +26,7 @@ import zmq
 
 from tta import log
 from tta.bundle import load_bundle
-from tta.errors import TTAError
+from tta.errors import TTAError, UnavailableError
 from tta.server.batcher import Batcher, Pending
 from tta.server.frontend import Computed, Failed, Frontend, Statistics, send
 from tta.server.options import Observation, ServerOptions
@@ -111,7 +111,7 @@ class Server:
 
     def main_loop(self) -> None:
         """Serve until a signal or the daemon's `drain`."""
-        while not self.should_exit:
+        while not self.should_exit and self.inference.is_alive():
             self.frontend.tick()
 
     def shutdown(self) -> None:
@@ -122,6 +122,7 @@ class Server:
         self.batcher.close()
         while time.monotonic() < end and self.inference.is_alive():
             self.frontend.tick()
+        self.frontend.finish(Failed(self.batcher.clear(), UnavailableError("the server went down", 1.0)))
         self.frontend.close()
         self.context.destroy(linger=1000)
         self.log.info("server_stopped")
@@ -235,10 +236,10 @@ class Server:
         """Builder thread: prepare, verify, flip, report."""
         reply: dict[str, Any] = {"op": "swap", "id": command["id"], "version": command["version"]}
         start = time.monotonic()
-        if self.options.threads == 1 and sys.platform == "linux":
-            # Niceness is a thread's on Linux. With more threads the new session's pool would inherit it for good.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BUILDER_NICE)
         try:
+            if self.options.threads == 1 and sys.platform == "linux":
+                # On Linux a thread's own. With more threads the new session's pool would inherit it for good.
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(BUILDER_NICE, os.nice(0)))
             previous = self.predictor.previous
             if previous is not None and previous.version == command["version"]:
                 session = previous
@@ -255,9 +256,10 @@ class Server:
         except Exception as error:  # reported to the daemon, which keeps the present version
             self.log.exception("swap_failed", error=str(error))
             reply["error"] = f"internal: {type(error).__name__}"
+        finally:
+            self.building = False  # before the answer, which may bring the next command
+            self.frontend.answer_admin(command["identity"], reply)
         self.log.info("swap", **{k: v for k, v in reply.items() if k != "op"})
-        self.building = False  # before the answer, which may bring the next command
-        self.frontend.answer_admin(command["identity"], reply)
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ from tta.errors import DeadlineError, OverloadedError
 
 SMOOTHING = 0.1  # weight of the newest batch in the moving average of compute seconds
 LEAST_RETRY_S = 0.01
+MAX_FINISHED = 256
 
 
 @dataclass(eq=False, slots=True)
@@ -99,7 +100,7 @@ class _Client:
 
 
 class Batcher:
-    """Bounded queue of requests. `put` and `cancel` belong to the frontend, `take` to the inference thread.
+    """Bounded queue of requests. `take` and `observe` belong to the inference thread, the rest to the frontend.
 
     Args:
         max_batch_size: images computed together at most.
@@ -119,6 +120,7 @@ class Batcher:
         self._clients: dict[bytes, _Client] = {}  # those with something queued
         self._heap: list[tuple[int, int, Pending]] = []  # evicted ones stay until their turn
         self._clock = 0  # of the request taken last
+        self._finished: dict[bytes, int] = {}  # clocks of clients with nothing queued that are ahead of it
         self._count = 0
         self._busy_until = 0.0  # when the batch now computed should be done
         self._wanted = 0  # images that the inference thread waits for; 0: it does not wait
@@ -130,7 +132,7 @@ class Batcher:
         """Queue a request.
 
         Returns:
-            Requests of other clients that have to give way: to be refused with `overloaded_error`.
+            Requests of other clients that have to give way, to be refused as `overloaded`; without their images.
 
         Raises:
             OverloadedError: the queue is full, of the client's own requests more than of any other's.
@@ -142,8 +144,8 @@ class Batcher:
             if request.expires != float("inf"):
                 self._check_deadline(request, client)
             evicted = self._make_room(n, client)
-            if not client.queue:
-                client.clock = self._clock  # nobody gains by having been silent
+            if not client.queue:  # nobody gains by having been silent, nor by having just been served
+                client.clock = max(self._clock, self._finished.pop(request.identity, 0))
             heapq.heappush(self._heap, (client.clock, self._count, request))
             self._count += 1
             client.clock += n
@@ -168,21 +170,38 @@ class Batcher:
             )
 
     def _make_room(self, n: int, client: _Client) -> list[Pending]:
-        """Evict the newest requests of those who have more queued; refuse where that is not enough."""
-        excess, own = self.images + n - self._room, client.images + n
+        """Evict the newest requests of those who have more queued; refuse where that is not enough.
+
+        One request of everybody has twice the room, so that a large one is not kept out by a trickle of small
+        ones, nor pushed out by one.
+        """
+        room = self._room if client.queue else 2 * self._room
+        excess, own = self.images + n - room, client.images + n
         if excess <= 0 or not self.images:
             return []
-        others = [c for c in self._clients.values() if c is not client]
-        if sum(max(0, c.images - own) for c in others) < excess:
-            raise overloaded_error(self.images, self.capacity, self._wait(self._ahead(client, n)))
+        others = [c for c in self._clients.values() if c is not client and len(c.queue) > 1]
+        if sum(max(0, c.images - max(own, len(c.queue[0].x))) for c in others) < excess:
+            raise self.overloaded(self._wait(self._ahead(client, n)))
         evicted = []
         while excess > 0:
-            victim = max(others, key=lambda c: c.images).queue.pop()
-            victim.evicted = True
+            longest = max((c for c in others if len(c.queue) > 1), key=lambda c: c.images)
+            victim = longest.queue.pop()
+            longest.clock -= len(victim.x)  # it was the newest: nothing stands behind it
             excess -= len(victim.x)
             self._forget(victim)
+            victim.evicted, victim.x = (
+                True,
+                victim.x[:0].copy(),
+            )  # the heap holds it until its turn, without images
             evicted.append(victim)
         return evicted
+
+    def overloaded(self, wait_s: float) -> OverloadedError:
+        """Why a request is refused that a full queue has no place for."""
+        return OverloadedError(
+            f"queue is full ({self.images} images; room for {self._room}, {wait_s:.3f} s)",
+            max(LEAST_RETRY_S, round(wait_s, 3)),
+        )
 
     def _forget(self, request: Pending) -> None:
         """Account for a request that has left its client's queue."""
@@ -191,6 +210,9 @@ class Batcher:
         self.images -= len(request.x)
         if not client.queue:
             del self._clients[request.identity]
+            self._finished[request.identity] = client.clock
+            if len(self._finished) > 2 * len(self._clients) + MAX_FINISHED:
+                self._finished = {c: clock for c, clock in self._finished.items() if clock > self._clock}
 
     def _ahead(self, client: _Client, n: int) -> int:
         """Images computed before a new request of n images: of each other client at most as many as of its own."""
@@ -210,10 +232,11 @@ class Batcher:
         return max(1, self._room // max(1, len(self._clients)))
 
     def observe(self, n_images: int, seconds: float) -> None:
-        """Learn how long a batch took, and so how many images there is time for."""
-        self.compute_time.observe(n_images, seconds)
-        each_s = self.compute_time.of(self.max_batch_size) / self.max_batch_size
-        self._room = min(self.capacity, int(self.capacity_s / each_s)) if each_s else self.capacity
+        """Inference thread: learn how long a batch took, and so how many images there is time for."""
+        with self._lock:
+            self.compute_time.observe(n_images, seconds)
+            each_s = self.compute_time.of(self.max_batch_size) / self.max_batch_size
+            self._room = max(1, min(self.capacity, int(self.capacity_s / each_s))) if each_s else self.capacity
 
     def cancel(self, identity: bytes, request_id: Any) -> bool:
         """Mark a queued request as cancelled; False if it is not queued (any more)."""
@@ -235,6 +258,7 @@ class Batcher:
         with self._lock:
             if not self._clients:
                 self._busy_until = 0.0
+                self._finished.clear()
                 self._wait_for(1, timeout_s)
             else:
                 self._fill()
@@ -281,15 +305,17 @@ class Batcher:
             self._lock.acquire()
             self._wanted = 0
 
+    def clear(self) -> list[Pending]:
+        """Everything that is queued, which is not computed any more."""
+        with self._lock:
+            left = [request for _, _, request in sorted(self._heap) if not request.evicted]
+            self._heap.clear()
+            self._clients.clear()
+            self.images = 0
+            return left
+
     def close(self) -> None:
         """Wake the inference thread for good; what is queued can still be taken."""
         with self._lock:
             self._closed = True
             self._ready.put(None)
-
-
-def overloaded_error(images: int, capacity: int, wait_s: float) -> OverloadedError:
-    """Why a request is refused that a full queue has no place for."""
-    return OverloadedError(
-        f"queue is full ({images} of {capacity} images, {wait_s:.3f} s)", max(LEAST_RETRY_S, round(wait_s, 3))
-    )

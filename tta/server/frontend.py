@@ -22,7 +22,7 @@ import zmq
 from tta import protocol
 from tta.bundle import Manifest
 from tta.errors import CancelledError, Code, DeadlineError, InputError, TTAError, UnavailableError
-from tta.server.batcher import Batcher, Pending, overloaded_error
+from tta.server.batcher import Batcher, Pending
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, ServerOptions
 from tta.server.repeats import Repeats
 
@@ -213,12 +213,16 @@ class Frontend:
             return
 
     def _rest(self) -> list[protocol.Buffer]:
-        """The frames after the identity: the header copied, tensors as they lie in the socket's memory."""
+        """The frames after the identity: the header copied, tensors as they lie in the socket's memory.
+
+        Of more frames than any message has, one too many is kept, so that it is refused.
+        """
         frame = _RECEIVE(self._data, _NOBLOCK, False)
         frames: list[protocol.Buffer] = [frame.bytes]
         while frame.more:
             frame = _RECEIVE(self._data, _NOBLOCK, False)
-            frames.append(frame.buffer)
+            if len(frames) <= protocol.MAX_FRAMES:
+                frames.append(frame.buffer)
         return frames
 
     def _handle(self, identity: bytes, body: list[protocol.Buffer]) -> None:
@@ -251,7 +255,7 @@ class Frontend:
         expires = now + request.deadline_s if request.deadline_s is not None else float("inf")
         admitted = Pending(identity, request.id, x, now, expires, request.key or "", request.observe, client)
         for evicted in self.batcher.put(admitted):
-            error = overloaded_error(self.batcher.images, self.options.queue_images, self.batcher.wait_s())
+            error = self.batcher.overloaded(self.batcher.wait_s())
             self._count_rejection(error.code)
             self._refuse(evicted, error)
         self._repeats.admitted(admitted)
@@ -314,7 +318,9 @@ class Frontend:
     def _answer(self, identity: bytes, request: protocol.DataRequest) -> dict[str, Any]:
         reply: dict[str, Any] = {"v": protocol.PROTOCOL_VERSION, "id": request.id, "code": 0}
         if isinstance(request, protocol.Cancel):
-            return {**reply, "cancelled": self.batcher.cancel(identity, request.id)}
+            named = self._repeats.queued(request.client, request.id) if request.client else None
+            owner = named.identity if named is not None else identity
+            return {**reply, "cancelled": self.batcher.cancel(owner, request.id)}
         if isinstance(request, protocol.Ready):
             return {**reply, "ready": not self.draining}
         m = self.manifest

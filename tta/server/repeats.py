@@ -39,13 +39,15 @@ class Repeats:
         """Remember what a request was answered."""
         if not request.client:
             return
+        self.refused(request)
         name = (request.client, request.request_id)
-        self._queued.pop(name, None)
+        self._bytes += sum(map(len, frames)) - sum(map(len, self._answers.pop(name, [])))
         self._answers[name] = frames
-        self._bytes += sum(map(len, frames))
         while len(self._answers) > MAX_ANSWERS or self._bytes > MAX_BYTES:
             self._bytes -= sum(map(len, self._answers.popitem(last=False)[1]))
 
     def refused(self, request: Pending) -> None:
         """Forget a request that was not computed: sent again, it is tried anew."""
-        self._queued.pop((request.client, request.request_id), None)
+        name = (request.client, request.request_id)
+        if self._queued.get(name) is request:  # else it was cancelled and sent again
+            del self._queued[name]
