@@ -234,7 +234,7 @@ def measure(
         print(f"{len(swapper.done)} of {arguments.swaps} swaps", file=sys.stderr, flush=True)
     rss = [s["rss_bytes"] for s in swapper.done if s["rss_bytes"]]
     return {
-        **stamp("python -m bench.swap"),
+        **stamp(" ".join(("python -m bench.swap", *sys.argv[1:]))),
         "model": arguments.model,
         "rate": round(LOAD_SHARE * capacity, 1),
         "cores": len(os.sched_getaffinity(0)),

@@ -113,7 +113,7 @@ def main() -> int:
         model_files(model)
     os.sched_setaffinity(0, {LOAD_CORE})
     result: Json = {
-        **stamp("python -m bench.serving"),
+        **stamp(" ".join(("python -m bench.serving", *sys.argv[1:]))),
         "max_batch_images": MAX_BATCH_IMAGES,
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,

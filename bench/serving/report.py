@@ -49,7 +49,7 @@ def tables(result: Json) -> list[str]:
         "# Serving, beside the servers people use",
         "",
         f"{result['date']}, commit {result['commit']}, `{result['command']}`; one core for the server, one for the load;",
-        f"median of {result['rounds']} interleaved rounds of {result['seconds']:g} s a load, batches of at most",
+        f"median of {result['rounds']} interleaved round(s) of {result['seconds']:g} s a load, batches of at most",
         f"{result['max_batch_images']} images. Open-loop loads are shares of the server's own throughput at 64.",
     ]
     for model, by_images in result["cells"].items():
@@ -131,8 +131,9 @@ def draw(result: Json, path: Path) -> None:
             )
         ):
             axis = axes[row][column]
-            bars = axis.barh(names, [(value(servers[s], load, keys) or 0) * factor for s in names], color=colours)
-            axis.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+            values = [(value(servers[s], load, keys) or 0) * factor for s in names]
+            bars = axis.barh(names, values, color=colours)
+            axis.bar_label(bars, [number(v) for v in values], fontsize=8, padding=2)
             axis.invert_yaxis()
             axis.set_title(f"{model}: {title}", fontsize=9)
             axis.margins(x=0.15)
