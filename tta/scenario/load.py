@@ -189,6 +189,8 @@ class _Generator:
                     told = now
                     self.measured.seconds = max(0.0, now - self.counted_from)
                     self.progress((now - start) / (end - start), self.measured)
+            if self.load.rate is not None:
+                self._send(start, end, end)  # what was due while this thread had to wait
             self.measured.seconds = time.monotonic() - self.counted_from
             last = time.monotonic() + self.load.timeout_s
             while self.due and time.monotonic() < last:
