@@ -289,6 +289,7 @@ def summary(result: Json) -> list[str]:
     """The table of the README."""
     cells = result["cells"]
     methods = ("source", "batch-norm", "all", "auto-rgn", "cross-validate", "race")
+    methods = tuple(m for m in methods if any(mean(cells, s, 256, m) is not None for s in CORE))
     lines = [
         f"{result['date']}, commit {result['commit']}, `{result['command']}`; accuracy in % on 2,000 other images:",
         "",
