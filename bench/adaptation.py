@@ -105,20 +105,21 @@ def run_cell(name: str, n_labels: int, method: str, seed: int) -> Json:
 def wanted(n_seeds: int) -> list[tuple[str, int, str, int]]:
     """Every cell, the most telling first."""
     first = ("source", "batch-norm", "race", "all", "block1", "head", "all-rates", "block2", "block3")
+    rest = [m for m in METHODS if m not in first]
     others = [c for c in CORRUPTIONS if c not in CORE]
 
-    def core(methods: Sequence[str], n_seeds: int) -> list[tuple[str, int, str, int]]:
-        every = itertools.product(range(n_seeds), methods, (64, 256), CORE)
+    def core(methods: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int, str, int]]:
+        every = itertools.product(seeds, methods, (64, 256), CORE)
         return [(shift, n, method, seed) for seed, method, n, shift in every]
 
     return [
-        *core(first, 1),
+        *core(first, [0]),
         *((shift, 256, m, 0) for m in ("source", "batch-norm", "race", "all", "block1") for shift in others),
         *((shift, 16, m, 0) for m in ("race", "all", "block1") for shift in CORE),
-        *core([m for m in METHODS if m not in first], 1),
-        *core(first, n_seeds)[len(core(first, 1)) :],
+        *core(rest, [0]),
+        *core(first, range(1, n_seeds)),
         *((shift, 1000, m, 0) for m in ("race", "all", "block1") for shift in CORE),
-        *core([m for m in METHODS if m not in first], n_seeds)[len(core(METHODS, 1)) - len(core(first, 1)) :],
+        *core(rest, range(1, n_seeds)),
     ]
 
 

@@ -23,16 +23,7 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from tta import protocol
-from tta.errors import (
-    Code,
-    ConfigError,
-    DeadlineError,
-    InputError,
-    PreconditionError,
-    TTAError,
-    UnavailableError,
-    from_wire,
-)
+from tta.errors import ConfigError, DeadlineError, InputError, PreconditionError, TTAError, UnavailableError
 from tta.outstanding import Answer, Outstanding, Send
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -106,9 +97,8 @@ def _prediction(answer: Answer) -> Prediction:
 def _checked(frames: list[bytes]) -> dict[str, Any]:
     """The header of a reply on the control socket, or the error it tells."""
     header, _ = protocol.decode_reply(frames)
-    if header["code"] != Code.OK:
-        error = from_wire(header["code"], header.get("error", ""), header.get("retry_after_s"))
-        error.add_note(f"request {header.get('id')}")
+    error = protocol.reply_error(header)
+    if error is not None:
         raise error
     return header
 
@@ -177,8 +167,7 @@ class _Connections:
         )
         now = time.monotonic()
         deadline = float("inf") if deadline_s is None else now + deadline_s
-        tensors = protocol.encode(request, x)[1:]
-        self._outstanding.add(request, tensors, len(x), now + self.timeout_s, deadline)
+        self._outstanding.add(request, [protocol.tensor_bytes(x)], len(x), now + self.timeout_s, deadline)
         return int(request.id)
 
     def _add_question(self, request: protocol.Request) -> int | str:
@@ -362,7 +351,7 @@ class Client(_Connections):
     def _exchange(self, message: list[bytes]) -> dict[str, Any]:
         """Send a control request and wait for its reply."""
         if self._control_socket is None:
-            self._control_socket = _connect(self._context, self._control, self.timeout_s, queue=True)
+            self._control_socket = connect(self._context, self._control, self.timeout_s, queue=True)
         socket, request_id = self._control_socket, protocol.request_id(message)
         socket.send_multipart(message)
         end = time.monotonic() + self.timeout_s
@@ -421,7 +410,7 @@ class Client(_Connections):
         sockets = []
         try:
             for name in self._endpoints:
-                sockets.append(_connect(self._context, name, self.timeout_s))
+                sockets.append(connect(self._context, name, self.timeout_s))
         except ConfigError:
             for socket in sockets:
                 socket.close()
@@ -432,8 +421,12 @@ class Client(_Connections):
             self._poller.register(socket, zmq.POLLIN)
 
 
-def _connect(context: Any, endpoint: str, timeout_s: float, queue: bool = False) -> Any:
-    """A DEALER; unless it may `queue`, it takes nothing to send while there is no connection."""
+def connect(context: Any, endpoint: str, timeout_s: float, queue: bool = False) -> Any:
+    """A DEALER; unless it may `queue`, it takes nothing to send while there is no connection.
+
+    Raises:
+        ConfigError: the endpoint is no address.
+    """
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDTIMEO, round(timeout_s * 1000))
@@ -473,8 +466,8 @@ class AsyncClient(_Connections):
 
     async def __aenter__(self) -> "AsyncClient":
         try:
-            sockets = [_connect(self._context, name, self.timeout_s) for name in self._endpoints]
-            self._control_socket = _connect(self._context, self._control, self.timeout_s, queue=True)
+            sockets = [connect(self._context, name, self.timeout_s) for name in self._endpoints]
+            self._control_socket = connect(self._context, self._control, self.timeout_s, queue=True)
         except ConfigError:
             self._context.destroy(linger=0)
             raise
@@ -546,8 +539,8 @@ class AsyncClient(_Connections):
     async def _answer(self, request_id: int | str) -> Answer:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._predicting[request_id] = future
-        self._turn()
         try:
+            self._turn()
             return await future
         finally:
             send = self._outstanding.cancel(request_id)  # nothing, if it was answered

@@ -44,7 +44,9 @@ class ServerConfig(Section):
     threads: int = Field(1, ge=1, le=256, description="threads of one inference")
     max_batch_size: int = Field(32, ge=1, le=4096, description="images computed together at most")
     max_wait_s: float = Field(0.001, ge=0, le=1, description="seconds a batch waits to fill")
-    queue_images: int = Field(1024, ge=1, description="images queued at most; more are refused")
+    queue_images: int = Field(
+        1024, ge=1, description="images queued; beyond, clients get one request, up to twice"
+    )
     queue_s: float = Field(
         5.0, gt=0, description="expected seconds of computation queued at most; more is refused"
     )

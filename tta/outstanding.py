@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tta import protocol
-from tta.errors import CancelledError, Code, DeadlineError, TTAError, UnavailableError, from_wire
+from tta.errors import CancelledError, Code, DeadlineError, TTAError, UnavailableError
 
 FIRST_WINDOW = 64  # images, until the server has said how many
 PROBE_S = 1.0  # seconds between two questions to an endpoint that does not answer
@@ -98,7 +98,7 @@ class Outstanding:
         self._queue: deque[_Request] = deque()
         self._unsent: list[_Request] = []  # back to the front of it
         self._again: list[_Request] = []  # to be sent to the endpoint where they are
-        self._forgotten: list[tuple[int, RequestId]] = []  # to be cancelled at an endpoint they have left
+        self._cancels: list[Send] = []  # of requests that have left an endpoint
         self._alarms: list[tuple[float, int, _Request]] = []  # when a request is due or given up
         self._count = itertools.count()
         self._random = random.Random()
@@ -136,13 +136,11 @@ class Outstanding:
                 self._finish(entry, entry.refused or DeadlineError(self._silence))
             elif entry.due <= now and not entry.queued:
                 self._is_due(entry, now)
-        sends = [
-            Send(at, protocol.encode(protocol.Cancel(id=i, client=self._client))) for at, i in self._forgotten
-        ]
+        sends = self._cancels
         sends += [
             Send(e.endpoint, self._frames(e, now), e.request.id) for e in self._again if e.endpoint is not None
         ]
-        self._forgotten, self._again = [], []
+        self._cancels, self._again = [], []
         for i, endpoint in enumerate(self._endpoints):
             if not endpoint.usable and endpoint.probe_at <= now:
                 endpoint.probe_at = now + PROBE_S
@@ -199,13 +197,13 @@ class Outstanding:
         entry = self._requests.get(request_id) if isinstance(request_id, int | str) else None
         if entry is None or "cancelled" in header:  # answered before; or the answer to a cancel
             return
-        if code == Code.OK:
+        error = protocol.reply_error(header)
+        if error is None:
             self._finish(entry, (header, tensors))
-        elif entry.endpoint == endpoint:  # else it has left, and another endpoint decides
-            error = from_wire(code, header.get("error", ""), header.get("retry_after_s"))
-            error.add_note(f"request {request_id}")
-            if not self._goes_again(entry, endpoint, error, now):
-                self._finish(entry, error)
+        elif entry.endpoint != endpoint:
+            return  # it has left: another endpoint decides
+        elif not self._goes_again(entry, endpoint, error, now):
+            self._finish(entry, error)
 
     def lost(self, endpoint: int, now: float) -> None:
         """A connection is gone: what was sent over it goes again, or is given up."""
@@ -227,7 +225,10 @@ class Outstanding:
             self._finish(entry, CancelledError("cancelled before it was sent"))
             return None
         entry.deadline, entry.refused = float("-inf"), CancelledError("cancelled")  # it is not sent again
-        return Send(entry.endpoint, protocol.encode(protocol.Cancel(id=request_id, client=self._client)))
+        return self._cancel(entry.endpoint, request_id)
+
+    def _cancel(self, endpoint: int, request_id: RequestId) -> Send:
+        return Send(endpoint, protocol.encode(protocol.Cancel(id=request_id, client=self._client)))
 
     def forget(self, request_id: RequestId) -> None:
         """Nobody waits for this answer: neither send the request again nor keep the answer."""
@@ -303,8 +304,8 @@ class Outstanding:
             self._due(entry, now + self._retry_s)
         else:
             place.usable = False
-            self._forgotten.append((entry.endpoint, entry.request.id))
-            self._later(entry, now)
+            self._cancels.append(self._cancel(entry.endpoint, entry.request.id))
+            self._leave(entry)
             entry.queued = True
             self._queue.append(entry)
 

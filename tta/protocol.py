@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tta.errors import Code, InputError, ProtocolError, TTAError
+from tta.errors import Code, InputError, ProtocolError, TTAError, from_wire
 
 PROTOCOL_VERSION = 1
 MAX_FRAMES = 2
@@ -182,15 +182,13 @@ _control = msgspec.msgpack.Decoder(ControlRequest)
 
 def encode(header: msgspec.Struct | dict[str, Any], *tensors: Array) -> list[bytes]:
     """Frames of one message: the header, then each tensor's bytes, row-major and little-endian."""
-    return [_encoder.encode(header), *[_little_endian(t).tobytes() for t in tensors]]
+    return [_encoder.encode(header), *map(tensor_bytes, tensors)]
 
 
-def _little_endian(tensor: Array) -> Array:
-    return (
-        tensor
-        if tensor.dtype.isnative and sys.byteorder == "little"
-        else tensor.astype(tensor.dtype.newbyteorder("<"))
-    )
+def tensor_bytes(tensor: Array) -> bytes:
+    """A tensor's frame: its bytes, row-major and little-endian."""
+    little = tensor.dtype.isnative and sys.byteorder == "little"
+    return (tensor if little else tensor.astype(tensor.dtype.newbyteorder("<"))).tobytes()
 
 
 def decode_data(frames: Sequence[Buffer]) -> DataRequest:
@@ -304,6 +302,15 @@ def decode_reply(frames: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
         raise ProtocolError(f"reply header is not a msgpack map: {error}") from error
     check_version(header.get("v", -1))
     return header, list(frames[1:])
+
+
+def reply_error(header: dict[str, Any]) -> TTAError | None:
+    """The error that a reply tells, with the id of its request as a note; None if it is an answer."""
+    if header.get("code", Code.OK) == Code.OK:
+        return None
+    error = from_wire(header["code"], header.get("error", ""), header.get("retry_after_s"))
+    error.add_note(f"request {header.get('id')}")
+    return error
 
 
 def error_reply(request_id: object, error: BaseException) -> dict[str, Any]:

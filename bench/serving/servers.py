@@ -21,8 +21,9 @@ import numpy.typing as npt
 from bench.cifar import CACHE
 from bench.serving.http import Http
 from bench.serving.models import SHAPES, model_files
+from tta.config import ServerConfig
 from tta.scenario import free_ports
-from tta.scenario.load import Load, Transport, Wire
+from tta.scenario.load import Load, Transport, Wire, drive
 from tta.server.options import ServerOptions
 
 HERE = Path(__file__).parent
@@ -126,22 +127,21 @@ def serving(name: str, model: str, n_images: int, core: int | None) -> Iterator[
 def _start_tta(name: str, model: str, n_images: int, core: int | None, folder: Path) -> Running:
     bundle, _ = model_files(model)
     endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-    options = ServerOptions(
-        bundle=str(bundle.resolve()),
-        version_folder=None,
+    settings = ServerConfig(
         endpoint=endpoint,
-        admin=f"ipc://{folder}/admin.ipc",
-        observe=f"ipc://{folder}/observe.ipc",
-        device="cpu",
         threads=1,
         max_batch_size=MAX_BATCH_IMAGES,
         max_wait_s=MAX_WAIT_S,
-        queue_images=1024,
-        queue_s=5.0,
-        max_message_bytes=64 << 20,
         input_sample_rate=0.0,
-        observation_queue=256,
         drain_s=1.0,
+    )
+    options = ServerOptions(
+        bundle=str(bundle.resolve()),
+        version_folder=None,
+        admin=f"ipc://{folder}/admin.ipc",
+        observe=f"ipc://{folder}/observe.ipc",
+        device="cpu",
+        **settings.model_dump(),
     )
     path = folder / "server.json"
     path.write_bytes(msgspec.json.encode(options))
@@ -218,8 +218,6 @@ def _popen(
 
 def _await(running: Running, model: str, n_images: int, folder: Path) -> Running:
     """Wait for the first right answer."""
-    from tta.scenario.load import drive
-
     x = [np.zeros((n_images, *SHAPES[model]), np.uint8)]
     load = Load(outstanding=1, duration_s=0.1, warmup_s=0.0, timeout_s=5.0)
     end = time.monotonic() + START_S

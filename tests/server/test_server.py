@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -167,6 +168,35 @@ def test_sigterm_finishes_what_was_admitted(
 
     assert answered == requests
     assert server.wait(10) == 0
+
+
+def test_a_server_outlives_whoever_reads_its_log(options: ServerOptions, tmp_path: Path) -> None:
+    """With the other end of its standard error closed, it still drains and exits with status 0."""
+    path = tmp_path / "server.json"
+    path.write_bytes(msgspec.json.encode(options))
+    argv = [sys.executable, "-m", "tta.server", str(path)]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert b"server_ready" in process.stderr.readline()
+        process.stderr.close()
+        process.terminate()
+
+        assert process.wait(30) == 0
+
+
+def test_a_swap_may_follow_the_answer_to_the_last(server: subprocess.Popen, options: ServerOptions) -> None:
+    """Commands sent as soon as the last was answered are all carried out."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as daemon:
+        daemon.setsockopt(zmq.LINGER, 0)
+        daemon.connect(options.admin)
+        replies = []
+        for i in range(8):
+            daemon.send(msgspec.msgpack.encode({"op": "swap", "id": i, "version": 0, "folder": None}))
+            assert daemon.poll(20_000), f"swap {i} was not answered"
+            replies.append(msgspec.msgpack.decode(daemon.recv()))
+
+    assert [r["id"] for r in replies] == list(range(8))
+    assert not any("error" in r for r in replies)
 
 
 def test_a_port_in_use_is_a_clear_error(server: subprocess.Popen, options: ServerOptions, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zmq
 
-from tests.server.conftest import launch
+from tests.server.conftest import answering, launch
 from tta import protocol
 from tta.client import AsyncClient, Client
 from tta.scenario import free_ports
@@ -28,12 +28,8 @@ def second(options: ServerOptions, tmp_path: Path) -> Iterator[ServerOptions]:
         admin=f"ipc://{folder}/admin.ipc",
         observe=f"ipc://{folder}/observe.ipc",
     )
-    process = launch(other, folder)
-    with Client(other.endpoint, timeout_s=30) as client:
-        assert client.ready()
-    yield other
-    process.kill()
-    process.wait()
+    with answering(other, folder):
+        yield other
 
 
 class Raw:

@@ -18,9 +18,8 @@ from tta.monitor.charts import Array
 from tta.monitor.stickiness import Stickiness
 
 WINDOW = 48  # samples that a fingerprint's threshold is for
-LONG = (
-    128  # samples that tell neighbours apart: 48 of zoom blur are within defocus blur's threshold, 128 at twice it
-)
+# Samples that tell neighbours apart: 48 of zoom blur are within defocus blur's threshold, 128 at twice it.
+LONG = 128
 LOOKS = (3, 4, 6, 8, 12, 16, 24, 32, WINDOW, LONG)  # newest samples compared with fingerprints, in this order
 LEAD = 0.9  # the next regime must be farther by a factor of 1 + LEAD/√n: 1.5 of 3 samples, 1.13 of 48
 MATCH_QUANTILE = 0.995  # of a regime's own windows that are recognised as it

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import zmq
 
 from tta import protocol
+from tta.client import connect
 from tta.errors import Code, ConfigError
 
 TELL_S = 0.1  # seconds between two reports of progress
@@ -270,21 +271,12 @@ class Wire:
         self._payloads = [np.ascontiguousarray(b).tobytes() for b in batches]
         self._shapes = [list(b.shape) for b in batches]
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._sockets = [self._connect(e) for e in endpoints]
-        self._descriptors = [int(s.getsockopt(zmq.FD)) for s in self._sockets]
-
-    def _connect(self, endpoint: str) -> "zmq.Socket[bytes]":
-        socket = self._context.socket(zmq.DEALER)
-        for option in (zmq.RCVHWM, zmq.SNDHWM, zmq.LINGER):
-            socket.setsockopt(option, 0)
         try:
-            socket.connect(endpoint)
-        except zmq.ZMQError as error:
+            self._sockets = [connect(self._context, e, load.timeout_s, queue=True) for e in endpoints]
+        except ConfigError:
             self.close()
-            raise ConfigError(
-                f"endpoint {endpoint!r} is no address: write tcp://HOST:PORT or ipc://PATH"
-            ) from error
-        return socket
+            raise
+        self._descriptors = [int(s.getsockopt(zmq.FD)) for s in self._sockets]
 
     def send(self, number: int, batch: int) -> None:
         """See `Transport`; so are the others."""

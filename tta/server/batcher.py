@@ -181,7 +181,7 @@ class Batcher:
             return []
         others = [c for c in self._clients.values() if c is not client and len(c.queue) > 1]
         if sum(max(0, c.images - max(own, len(c.queue[0].x))) for c in others) < excess:
-            raise self.overloaded(self._wait(self._ahead(client, n)))
+            raise self.overloaded(self._ahead(client, n))
         evicted = []
         while excess > 0:
             longest = max((c for c in others if len(c.queue) > 1), key=lambda c: c.images)
@@ -189,15 +189,14 @@ class Batcher:
             longest.clock -= len(victim.x)  # it was the newest: nothing stands behind it
             excess -= len(victim.x)
             self._forget(victim)
-            victim.evicted, victim.x = (
-                True,
-                victim.x[:0].copy(),
-            )  # the heap holds it until its turn, without images
+            victim.evicted = True
+            victim.x = victim.x[:0].copy()  # the heap holds it until its turn, without images
             evicted.append(victim)
         return evicted
 
-    def overloaded(self, wait_s: float) -> OverloadedError:
-        """Why a request is refused that a full queue has no place for."""
+    def overloaded(self, ahead: int) -> OverloadedError:
+        """Why a request is refused that a full queue has no place for, with so many images ahead of it."""
+        wait_s = self._wait(ahead)
         return OverloadedError(
             f"queue is full ({self.images} images; room for {self._room}, {wait_s:.3f} s)",
             max(LEAST_RETRY_S, round(wait_s, 3)),
@@ -222,10 +221,6 @@ class Batcher:
     def _wait(self, images: int) -> float:
         """Expected seconds until so many queued images are computed."""
         return max(0.0, self._busy_until - time.monotonic()) + self.compute_time.of(images)
-
-    def wait_s(self) -> float:
-        """Expected seconds until all that is queued is computed."""
-        return self._wait(self.images)
 
     def credit(self) -> int:
         """Images that a client may have queued, if all that have something queued share alike."""

@@ -233,10 +233,10 @@ class Frontend:
                 return
             reply = self._answer(identity, request)
         except TTAError as error:
-            self._count_rejection(error.code)
+            count(self.statistics.rejected, error.code)
             reply = protocol.error_reply(protocol.request_id(body), error)
         except Exception as error:  # no message may end the loop
-            self._count_rejection(Code.INTERNAL)
+            count(self.statistics.rejected, Code.INTERNAL)
             self._log.exception("request_failed", error=str(error))
             reply = protocol.error_reply(protocol.request_id(body), error)
         self._send([identity, *protocol.encode(reply)])
@@ -255,8 +255,8 @@ class Frontend:
         expires = now + request.deadline_s if request.deadline_s is not None else float("inf")
         admitted = Pending(identity, request.id, x, now, expires, request.key or "", request.observe, client)
         for evicted in self.batcher.put(admitted):
-            error = self.batcher.overloaded(self.batcher.wait_s())
-            self._count_rejection(error.code)
+            error = self.batcher.overloaded(self.batcher.images)
+            count(self.statistics.rejected, error.code)
             self._refuse(evicted, error)
         self._repeats.admitted(admitted)
 
@@ -282,7 +282,7 @@ class Frontend:
                 continue
             for request in batch.requests:
                 error = batch.error or expired_error(request)
-                self._count(error.code.name.lower() if isinstance(error, TTAError) else "internal")
+                count(self.statistics.requests, error.code if isinstance(error, TTAError) else Code.INTERNAL)
                 self._refuse(request, error)
 
     def _answer_batch(self, batch: Computed) -> None:
@@ -305,7 +305,7 @@ class Frontend:
             self._repeats.answered(request, frames)
             self._send([request.reply_to, *frames])
             row += n
-            self._count("ok")
+            count(self.statistics.requests, Code.OK)
             self.statistics.queue_s.observe(batch.started - request.received)
             self.statistics.request_s.observe(time.monotonic() - request.received)
         self.statistics.compute_s.observe(batch.compute_s)
@@ -350,18 +350,17 @@ class Frontend:
         command["identity"] = identity
         self._admin(command, respond)
 
-    def _count(self, code: str) -> None:
-        self.statistics.requests[code] = self.statistics.requests.get(code, 0) + 1
-
-    def _count_rejection(self, code: Code) -> None:
-        name = code.name.lower()
-        self.statistics.rejected[name] = self.statistics.rejected.get(name, 0) + 1
-
     def _send(self, frames: list[bytes]) -> None:
         try:
             send(self._data, frames)
         except zmq.ZMQError:  # EAGAIN: the client does not read; EHOSTUNREACH: it is gone
             self.statistics.undeliverable += 1
+
+
+def count(totals: dict[str, int], code: Code) -> None:
+    """One more of a code."""
+    name = code.name.lower()
+    totals[name] = totals.get(name, 0) + 1
 
 
 def send(socket: "zmq.Socket[bytes]", frames: Sequence[bytes]) -> None:
