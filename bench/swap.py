@@ -62,7 +62,7 @@ def make_versions(bundle: Bundle, folder: Path, x: Array) -> tuple[list[Path], d
             for n in bundle.manifest.blocks[0].tensors
             if np.issubdtype(bundle.weights[n].dtype, np.floating)
         }
-        session = predictor._build(0, delta)
+        session = predictor.build(0, delta)
         logits = np.concatenate([predictor.run_with(session, x[i : i + 1]).logits for i in range(len(x))])
         probe = save({"x": x[:8], "logits": logits[:8]})
         version = store.write(save(delta), probe, bundle.manifest.blocks[0].name, "source", 0.0, {}, {})

@@ -34,10 +34,11 @@ def digits_model() -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def bundle_path(digits_model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, packaged."""
+    """The same, packaged, with a graph of half precision beside it."""
     path = tmp_path_factory.mktemp("bundle") / "digits.tta"
     x, y = digits("reference", 2400, seed=1)
-    package(digits_model, Recipe("digits", SOURCE, IMAGE_SHAPE, KWARGS), x, y, [str(i) for i in range(10)], path)
+    recipe = Recipe("digits", SOURCE, IMAGE_SHAPE, KWARGS, fp16=True)
+    package(digits_model, recipe, x, y, [str(i) for i in range(10)], path)
     return path
 
 
@@ -58,8 +59,9 @@ def start_daemon(bundle_path: Path, tmp_path: Path) -> Iterator[Callable[..., Da
     """Start daemons that are stopped when the test ends: `start_daemon(**{"server.threads": 1})`."""
     running: list[DaemonProcess] = []
 
-    def start(bundle: Path = bundle_path, **settings: Any) -> DaemonProcess:
-        daemon = DaemonProcess(bundle, tmp_path / f"daemon{len(running)}", {**DEMO_SETTINGS, **settings})
+    def start(bundle: Path = bundle_path, n_servers: int = 1, **settings: Any) -> DaemonProcess:
+        folder = tmp_path / f"daemon{len(running)}"
+        daemon = DaemonProcess(bundle, folder, {**DEMO_SETTINGS, **settings}, n_servers)
         daemon.start()
         running.append(daemon)
         return daemon

@@ -13,6 +13,7 @@ MAY_OPEN_SOCKETS = {
     "daemon/daemon.py",
     "daemon/http.py",
     "daemon/links.py",
+    "daemon/servers.py",
     "scenario/load.py",
     "scenario/process.py",
     "server/__main__.py",

@@ -5,6 +5,7 @@
     weights.safetensors     source weights under their state_dict names
     reference.safetensors   what the monitor needs to know of the reference data
     anchor.safetensors      a small labelled set of source images
+    model-fp16.onnx         if it was packaged with --fp16: the graph with weights of half precision
 
 Knows nothing of torch, onnxruntime or sockets.
 """
@@ -28,6 +29,7 @@ from tta.errors import BundleError
 
 FORMAT = 3
 FILES = ("model.onnx", "weights.safetensors", "reference.safetensors", "anchor.safetensors")
+FP16 = "model-fp16.onnx"
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -107,6 +109,7 @@ class Bundle:
         reference: arrays of `reference.safetensors`, see `tta.packaging.reference`.
         anchor: "x" (N, H, W, C) uint8 and "y" (N,) int64.
         sha256: of the manifest, which names the hash of everything else: the bundle's identity.
+        graph_fp16: the same with weights of half precision; None if it was not packaged.
     """
 
     path: Path
@@ -116,6 +119,7 @@ class Bundle:
     reference: Mapping[str, npt.NDArray[Any]]
     anchor: Mapping[str, npt.NDArray[Any]]
     sha256: str
+    graph_fp16: bytes | None = None
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -138,7 +142,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     if manifest.format != FORMAT:
         raise BundleError(f"{root}: bundle format {manifest.format}, this tta reads {FORMAT}: package again")
     files: dict[str, bytes] = {}
-    for name in FILES:
+    for name in (*FILES, *({FP16} & set(manifest.sha256))):
         files[name] = _read(root, name)
         found = hashlib.sha256(files[name]).hexdigest()
         if found != manifest.sha256.get(name):
@@ -154,6 +158,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
         reference=load(files["reference.safetensors"]),
         anchor=load(files["anchor.safetensors"]),
         sha256=hashlib.sha256(raw).hexdigest(),
+        graph_fp16=files.get(FP16),
     )
 
 
@@ -190,7 +195,7 @@ def write_bundle(path: Path, manifest: Mapping[str, Any], files: Mapping[str, by
     Args:
         path: directory to make, or a name ending in `.tta` for a zip. Replaced if it is a bundle.
         manifest: the fields of `Manifest` without `format` and `sha256`.
-        files: contents of `FILES`.
+        files: contents of `FILES`, and of `FP16` if there is one.
 
     Raises:
         BundleError: `path` exists and is no bundle.

@@ -26,6 +26,8 @@ METHODS = ("all", "all-rates", "l1", "first-to-last", "last-to-first", "auto-rgn
 SELECTIONS = ("race", "cross-validate", "diagnosis", *METHODS)
 
 Endpoint = Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")]
+Endpoints = Annotated[str, Field(pattern=r"^(tcp|ipc)://[^,]+(,(tcp|ipc)://[^,]+)*$")]
+MAX_SERVERS = 16  # their prediction ids have to fit a double
 
 # YAML 1.1 reads a bare `off` as false.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
@@ -38,9 +40,12 @@ class Section(BaseModel):
 
 
 class ServerConfig(Section):
-    """The process that answers predictions."""
+    """The process that answers predictions, or several of them."""
 
-    endpoint: Endpoint = Field("tcp://127.0.0.1:5555", description="where clients send predictions")
+    endpoint: Endpoints = Field(
+        "tcp://127.0.0.1:5555",
+        description="where clients send predictions; several, with commas: a server each, on a GPU each",
+    )
     threads: int = Field(1, ge=1, le=256, description="threads of one inference")
     max_batch_size: int = Field(32, ge=1, le=4096, description="images computed together at most")
     max_wait_s: float = Field(0.001, ge=0, le=1, description="seconds a batch waits to fill")
@@ -56,6 +61,21 @@ class ServerConfig(Section):
         256, ge=1, description="batches queued for the daemon; more are dropped, counted"
     )
     drain_s: float = Field(10.0, ge=0, description="seconds to finish admitted requests at shutdown")
+    gpu_memory_bytes: int | None = Field(
+        None, ge=1 << 20, description="GPU memory of one version; two live during a swap; null: no limit"
+    )
+
+    @property
+    def endpoints(self) -> list[str]:
+        """Of each server."""
+        return self.endpoint.split(",")
+
+    @model_validator(mode="after")
+    def _endpoints_differ(self) -> "ServerConfig":
+        names = self.endpoints
+        if len(set(names)) < len(names) or len(names) > MAX_SERVERS:
+            raise ValueError(f"endpoint = {self.endpoint!r}: name each once, and at most {MAX_SERVERS}")
+        return self
 
 
 class DaemonConfig(Section):
@@ -140,6 +160,9 @@ class AdaptConfig(Section):
     )
     threads: int = Field(1, ge=1, le=256, description="threads of the adapter")
     nice: int = Field(10, ge=0, le=19, description="niceness of adapter and shadow")
+    share: float = Field(
+        1.0, gt=0, le=1, description="of the time that the adapter may compute, for a GPU knows no niceness"
+    )
     budget_s: float = Field(600.0, gt=0, description="seconds an adaptation may take")
     memory_bytes: int = Field(
         1 << 30, ge=0, description="memory for stored outputs of a frozen first part of the network, bytes"
@@ -186,6 +209,9 @@ class Config(BaseSettings):
     bundle: Path = Field(Path("model.tta"), description="what to serve, made by tta package")
     state: Path = Field(Path("tta-state"), description="folder for versions, labels and state")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="for server, shadow and adapter")
+    precision: Literal["fp32", "fp16"] = Field(
+        "fp32", description="of the model on a GPU; fp16 needs a bundle packaged with --fp16"
+    )
     mode: Annotated[Literal["off", "propose", "auto"], _Off] = Field(
         "auto", description="off: watch only; propose: ask before promoting; auto: act"
     )
@@ -196,6 +222,12 @@ class Config(BaseSettings):
     adapt: AdaptConfig = AdaptConfig()
     gate: GateConfig = GateConfig()
     library: LibraryConfig = LibraryConfig()
+
+    @model_validator(mode="after")
+    def _half_precision_has_a_gpu(self) -> "Config":
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError("precision = fp16 needs a GPU, device = cpu has none: set device: auto or cuda")
+        return self
 
     @model_validator(mode="after")
     def _labels_fit_the_buffer(self) -> "Config":

@@ -97,7 +97,7 @@ def cells(models: list[str], servers: list[str]) -> Iterator[tuple[str, int, str
 def main() -> int:
     """Measure and write."""
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(SHAPES), help="of identity, resnet20, resnet18")
+    parser.add_argument("--models", default="identity,resnet20,resnet18", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--servers", default=",".join(("tta", *PEERS)), help="tta and its peers")
     parser.add_argument("--rounds", type=int, default=3, help="times that every server is started")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load")

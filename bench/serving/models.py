@@ -1,4 +1,4 @@
-"""The models that are served: one that computes next to nothing, a ResNet-20, a ResNet-18 at 224 pixels.
+"""The models that are served: one that computes next to nothing, a ResNet-20, networks of timm at 224 pixels.
 
 Each is a bundle for tta, and for the others the same tapped graph with the weights inside.
 """
@@ -16,7 +16,13 @@ from tta.errors import BundleError
 
 FOLDER = cifar.CACHE / "serving"
 N_REFERENCE = 256
-SHAPES = {"identity": (32, 32, 3), "resnet20": (32, 32, 3), "resnet18": (224, 224, 3)}
+SHAPES = {
+    "identity": (32, 32, 3),
+    **{f"identity@{side}": (side, side, 3) for side in (64, 128, 224)},
+    "resnet20": (32, 32, 3),
+    "resnet18": (224, 224, 3),
+    "mobilenetv3_small_100": (224, 224, 3),
+}
 
 
 class Identity(nn.Module):
@@ -53,12 +59,13 @@ def _package(name: str, path: Path) -> Bundle:
     from tta.packaging import Recipe, package
 
     # Speed does not depend on what is in the weights.
-    model, source = {
+    own = {
         "identity": (Identity, "bench.serving.models:Identity"),
         "resnet20": (resnet20, "bench.resnet20:resnet20"),
-        "resnet18": (lambda: timm.create_model("resnet18", num_classes=10), "timm:resnet18"),
-    }[name]
-    kwargs = {"num_classes": 10} if source.startswith("timm:") else {}
+    }
+    kind = name.partition("@")[0]
+    model, source = own.get(kind, (lambda: timm.create_model(kind, num_classes=10), f"timm:{kind}"))
+    kwargs = {} if kind in own else {"num_classes": 10}
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (N_REFERENCE, *SHAPES[name]), np.uint8)
     y = np.arange(N_REFERENCE) % 10

@@ -98,13 +98,12 @@ class Server:
     """Serves one version."""
 
     def __init__(self, shadow: Shadow, desk: Desk) -> None:
-        self.process, self.hello, self.last_seen = _process("server"), {"device": "cpu"}, 0.0
-        self.swapping = False
+        self.ready, self.devices, self.swapping = True, ["cpu"], False
         self._shadow, self._desk = shadow, desk
         self.current = shadow.session(None)
 
     def swap(self, version: int, folder: Path | None, then: Callable[[Json], None]) -> None:
-        """See `tta.daemon.links.ServerLink`."""
+        """See `tta.daemon.servers.Servers`."""
         self.swapping = True
 
         def done() -> None:
@@ -160,16 +159,16 @@ class StreamDaemon(Daemon):
         self.desk = Desk()
         bundle = load_bundle(self.config.bundle)
         self.shadow = Shadow(Predictor(bundle, "cpu", 1, 32), self.desk)  # type: ignore[assignment]
-        self.server = Server(self.shadow, self.desk)  # type: ignore[arg-type, assignment]
+        self.servers = Server(self.shadow, self.desk)  # type: ignore[arg-type, assignment]
         self.adapter = Adapter(Surgeon(bundle, "cpu"), self.desk)  # type: ignore[assignment]
         self.processes = ()  # type: ignore[assignment]
 
-    def _start_or_adopt_server(self) -> None:
+    def _start_servers(self) -> None:
         return
 
     def see(self, first_id: int, x: Array) -> Any:
         """Serve a batch and observe it, as the server would tell."""
-        answer = self.server.predict(x)  # type: ignore[attr-defined]
+        answer = self.servers.predict(x)  # type: ignore[attr-defined]
         header = Observation(epoch=1, first_id=first_id, version=answer.version, n=len(x), inputs=True)
         tensors = (answer.logits, answer.features, np.ascontiguousarray(x))
         self._observe([msgspec.msgpack.encode(header), *(np.ascontiguousarray(t).tobytes() for t in tensors)])

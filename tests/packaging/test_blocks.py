@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
 from torch import nn
 
+from tta.bundle import Bundle
 from tta.errors import BundleError, ConfigError, InputError
 from tta.images import read_labelled
 from tta.packaging import Recipe, package
@@ -74,6 +76,18 @@ def test_a_family_packages_with_parity(name: str, tmp_path: Path) -> None:
     predictor = Predictor(bundle, "cpu")
     predictor.activate(predictor.prepare())
     assert predictor.run(x[:2]).features.shape == (2, bundle.manifest.n_features)
+
+
+def test_taps_are_pooled_in_the_layout_of_convolutions(bundle: Bundle) -> None:
+    """No mean over height and width is left as ReduceMean, which would reorder whole activations."""
+    graph = onnx.load_from_string(bundle.graph).graph
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in graph.value_info}
+
+    reduced = [ranks.get(n.input[0]) for n in graph.node if n.op_type == "ReduceMean"]
+    pooled = [n for n in graph.node if n.op_type == "GlobalAveragePool"]
+
+    assert 4 not in reduced
+    assert len(pooled) >= 2 * (len(bundle.manifest.blocks) - 1)
 
 
 def test_a_small_vit_packages(tmp_path: Path) -> None:

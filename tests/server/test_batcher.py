@@ -179,14 +179,77 @@ def test_compute_time_is_learned_by_size() -> None:
     """Each size has its own time; one never seen is bounded by its neighbours; what is seen moves the average."""
     known = ComputeTime(8)
     assert known.of(20) == 0.0
-    known.observe(8, 0.8)
+    known.observe(8, 0.8, 0.0)
     assert known.of(3) == 0.8
-    known.observe(1, 0.3)
-    known.observe(2, 0.4)
+    known.observe(1, 0.3, 0.0)
+    known.observe(2, 0.4, 0.0)
 
     assert known.of(1) == 0.3
     assert known.of(3) == 0.8
     assert known.of(17) == pytest.approx(1.9)
     for _ in range(100):
-        known.observe(1, 0.5)
+        known.observe(1, 0.5, 0.0)
     assert known.of(1) == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "size"),
+    [
+        ({1: 1.0, 2: 1.5, 4: 2.2, 8: 3.0}, 8),  # a GPU: the larger, the faster
+        ({1: 1.0, 2: 1.8, 4: 3.6, 8: 7.2}, 2),  # a CPU: from two images on it makes no difference
+        ({1: 1.0, 2: 2.0, 4: 4.0, 8: 9.0}, 1),  # a batch that no longer fits the cache
+    ],
+)
+def test_a_batch_is_no_larger_than_makes_it_faster(seconds: dict[int, float], size: int) -> None:
+    """The size is the least at which images are computed nearly as fast as at the best."""
+    known = ComputeTime(8)
+    for n, each in seconds.items():
+        known.observe(n, each, 0.0)
+
+    assert known.batch_size(100, 1.0) == size
+
+
+def test_a_size_long_not_measured_is_tried_again() -> None:
+    """A slow hour of one size does not rule it out for ever, but it waits until as many images are queued."""
+    known = ComputeTime(8)
+    for n, each in {1: 1.0, 2: 2.0, 4: 4.0, 8: 9.0}.items():
+        known.observe(n, each, 0.0)
+    for n in (1, 2, 4):
+        known.observe(n, 1.0 * n, 61.0)
+
+    assert known.batch_size(7, 62.0) == 1
+    assert known.batch_size(8, 62.0) == 8
+    for _ in range(50):
+        known.observe(8, 4.0, 62.0)
+    assert known.batch_size(8, 62.0) == 8
+
+
+def test_a_queue_is_cut_where_batches_get_no_faster() -> None:
+    """Where one image is as fast as four, a queue of four clients is computed one by one, in their order."""
+    batcher = Batcher(4, 10.0, 100, 60.0)
+    for n in (1, 2, 4):
+        batcher.observe(n, 0.1 * n)
+    for i in range(4):
+        batcher.put(request(b"abcd"[i : i + 1], i))
+
+    taken = [names(batcher.take(0.0)[0]) for _ in range(4)]
+
+    assert taken == [[(b"a", 0)], [(b"b", 1)], [(b"c", 2)], [(b"d", 3)]]
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [((1.0, 1.8, 3.0, 5.0, 8.0), 4), ((1.0, 1.1, 1.2, 1.2, 1.3), 16)])
+def test_a_batch_is_filled_up_only_where_it_hardly_makes_it_longer(seconds: tuple[float, ...], taken: int) -> None:
+    """Two single images are computed with little of a flood where that would take longer, else with much of it."""
+    batcher = Batcher(16, 0.0, 1000, 1e6)
+    for i, each in enumerate(seconds):
+        batcher.observe(1 << i, each)
+    for i in range(100):
+        batcher.put(request(b"flood", i))
+    batcher.take(0.0)
+    batcher.put(request(b"a", 0))
+    batcher.put(request(b"b", 0))
+
+    batch = names(batcher.take(0.0)[0])
+
+    assert {(b"a", 0), (b"b", 0)} <= set(batch)
+    assert len(batch) == taken

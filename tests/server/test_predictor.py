@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from safetensors.numpy import save_file
 
 from tta.bundle import Bundle, check_delta
-from tta.errors import DeltaError, DeviceError
+from tta.devices import device_of
+from tta.errors import BundleError, DeltaError, DeviceError
 from tta.server.predictor import Predictor
 
 
@@ -125,6 +127,56 @@ def test_a_changed_file_is_refused(
 
     with pytest.raises(DeltaError, match=r"delta\.safetensors"):
         Predictor(bundle, "cpu").prepare(folder)
+
+
+def test_half_precision_serves_the_same_classes_and_new_weights(
+    bundle: Bundle, digits_model: torch.nn.Module, stream: tuple, tmp_path: Path, device: str
+) -> None:
+    """In fp16 source and version answer as in fp32; a version is checked against the adapter's float32 logits."""
+    x = stream[0][:24]
+    delta, logits = changed(bundle, digits_model, "block2", x)
+    folder = write_version(tmp_path / "v", bundle, delta, x, logits)
+    whole, half = (Predictor(bundle, device, precision=p) for p in ("fp32", "fp16"))
+
+    for predictor in (whole, half):
+        predictor.activate(predictor.prepare())
+    before = [p.run(x) for p in (whole, half)]
+    half.activate(half.prepare(folder))
+    after = half.run(x)
+
+    assert (before[0].logits.argmax(1) == before[1].logits.argmax(1)).mean() >= 0.95
+    assert np.abs(before[0].features - before[1].features).max() < 0.1 * np.abs(before[0].features).max()
+    assert 0 < np.abs(before[0].logits - before[1].logits).max() < 0.05 * np.abs(before[0].logits).max()
+    assert np.abs(after.logits - logits).max() < 0.05 * np.abs(logits).max()
+
+
+def test_half_precision_needs_such_a_graph(bundle: Bundle) -> None:
+    """A bundle packaged without --fp16 refuses precision: fp16 and says how to get it."""
+    with pytest.raises(BundleError, match="package with --fp16"):
+        Predictor(replace(bundle, graph_fp16=None), "cpu", precision="fp16")
+
+
+def test_a_batch_does_not_change_the_one_before(bundle: Bundle, stream: tuple) -> None:
+    """Results stay what they were while later batches of the same size are computed, as the frontend needs."""
+    predictor = Predictor(bundle, "cpu")
+    predictor.activate(predictor.prepare())
+    first = predictor.run(stream[0][:8])
+    kept = first.logits.copy(), first.features.copy()
+
+    predictor.run(stream[0][8:16])
+
+    assert np.array_equal(first.logits, kept[0])
+    assert np.array_equal(first.features, kept[1])
+
+
+def test_servers_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two GPUs three servers run on first, second and first; without one on what was asked for."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    with_two = [device_of(kind, number) for kind in ("auto", "cpu") for number in range(3)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    assert with_two == ["auto:0", "auto:1", "auto:0", "cpu", "cpu", "cpu"]
+    assert [device_of(kind, 1) for kind in ("auto", "cuda", "cpu")] == ["auto", "cuda", "cpu"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,4 +1,4 @@
-"""`python -m tta.adapter.worker BUNDLE WORKERS DEVICE NICE PARENT THREADS`: the adapter process.
+"""`python -m tta.adapter.worker BUNDLE WORKERS DEVICE NICE PARENT THREADS SHARE`: the adapter.
 
 The daemon writes a request folder (`request.json`, `arrays.safetensors`) and names it; the adapter writes the
 candidate beside it (`delta`, `probe`) and reports. Cancelling is killing it.
@@ -15,9 +15,11 @@ import numpy as np
 import torch
 import zmq
 from safetensors.numpy import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tta import log
 from tta.adapter.methods import Anatomy
+from tta.adapter.pace import Pace
 from tta.adapter.patient import Patient, State
 from tta.adapter.race import Race, Result, Settings
 from tta.adapter.rehearsal import Memory, rehearse
@@ -160,7 +162,7 @@ class Surgeon:
 
 def main() -> int:
     """Serve the daemon until it goes away or kills us."""
-    bundle, workers, device, nice, parent, threads = sys.argv[1:7]
+    bundle, workers, device, nice, parent, threads, share = sys.argv[1:8]
     become_worker(int(nice), int(parent))
     torch.set_num_threads(int(threads))
     logger = log.setup("adapter")
@@ -179,6 +181,9 @@ def main() -> int:
         tell({"op": "failed", "id": 0, "error": str(error)})
         context.destroy(linger=1000)
         return 2
+    on_gpu = surgeon.patient.device.type == "cuda"
+    pace = Pace(float(share), torch.cuda.synchronize if on_gpu else lambda: None)
+    register_optimizer_step_post_hook(pace.step)
     tell({"op": "hello", "device": str(surgeon.patient.device)})
     while True:
         command = msgspec.msgpack.decode(socket.recv())

@@ -26,7 +26,7 @@ def check(
 
     from tta.bundle import load_bundle, source_is_importable
     from tta.config import load_config
-    from tta.server.predictor import Predictor
+    from tta.server.predictor import Predictor, resolve_precision
 
     overrides: dict[str, object] = dict(parse_overrides(settings or []))
     if bundle is not None:
@@ -36,7 +36,8 @@ def check(
     c.check_model([b.name for b in loaded.manifest.blocks])
     importable = source_is_importable(loaded.manifest.source)
     start = time.perf_counter()
-    predictor = Predictor(loaded, c.device, c.server.threads, c.server.max_batch_size)
+    precision = resolve_precision(c.precision, c.device)
+    predictor = Predictor(loaded, c.device, c.server.threads, c.server.max_batch_size, precision)
     predictor.activate(predictor.prepare())
     warm_s = time.perf_counter() - start
     x, y = loaded.anchor["x"], loaded.anchor["y"]
@@ -48,6 +49,7 @@ def check(
     result = {
         "name": loaded.manifest.name,
         "device": predictor.device,
+        "precision": precision,
         "warm_up_s": round(warm_s, 3),
         "anchor_accuracy": round(right / len(x), 4),
         "blocks": [b.name for b in loaded.manifest.blocks],
@@ -58,7 +60,7 @@ def check(
         print_json(result)
     else:
         print(
-            f"ok: {result['name']} on {result['device']}, warm in {warm_s:.2f} s, "
+            f"ok: {result['name']} on {result['device']} in {precision}, warm in {warm_s:.2f} s, "
             f"{100 * right / len(x):.1f} % on the anchor set"
         )
         if not importable:

@@ -42,6 +42,9 @@ def package(
     arl: Annotated[
         float, typer.Option("--arl", "--ert", min=100, help="Samples between two false alarms.")
     ] = 20_000.0,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Add a graph of half precision, for GPUs (`precision: fp16`).")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the model; default: the bundle's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     as_json: Json = False,
@@ -80,7 +83,7 @@ def package(
             resize,
             lambda files: bar.track(files, description="images"),
         )
-        recipe = Recipe(name or out.stem, source, shape, arguments, means, stds, resize, arl, seed)
+        recipe = Recipe(name or out.stem, source, shape, arguments, means, stds, resize, arl, seed, fp16)
         bundle = make(model, recipe, x, y, classes, out, progress)
     m = bundle.manifest
     realised = Calibration.load(bundle.reference).realised
@@ -116,6 +119,9 @@ def package(
     )
     print(f"  reference  {m.n_reference} images, accuracy {100 * m.reference_accuracy:.1f} %")
     print(f"  parity     max difference {m.parity['max_difference']:.2g} on {m.parity['n_images']:.0f} images")
+    if fp16:
+        agreement, worst = m.parity["fp16_agreement"], m.parity["fp16_max_difference"]
+        print(f"  fp16       max difference {worst:.2g}, same class on {100 * agreement:.1f} % of the images")
     print(f"  thresholds one false alarm in {m.arl:g} samples (estimated {realised:.0f})")
     print(
         f"  diagnosis  input level above {100 * cut:.0f} % of the depth, right on {100 * right:.0f} % of replays"

@@ -16,9 +16,9 @@ from tta.daemon.cycle import State
 from tta.daemon.hand import Hand
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger
-from tta.daemon.links import ServerLink
 from tta.daemon.metrics import Metrics
 from tta.daemon.processes import Logger, Process
+from tta.daemon.servers import Servers
 from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
 from tta.errors import Code, InputError, PreconditionError, TTAError, from_wire
@@ -43,7 +43,7 @@ class Control:
     metrics: Metrics
     treatment: Treatment
     hand: Hand
-    server: ServerLink
+    servers: Servers
     processes: tuple[Process, ...]
     ready: Callable[[], bool]
     log: Logger
@@ -301,6 +301,6 @@ class Control:
             "processes": {
                 p.name: {"pid": p.pid, "ready": p.ready, "restarts": p.restarts} for p in self.processes
             },
-            "device": self.server.hello.get("device", ""),
+            "device": ", ".join(dict.fromkeys(self.servers.devices)),
             "events": list(treatment.events)[-20:],
         }

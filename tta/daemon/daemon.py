@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from tta.daemon.http import HttpServer
 from tta.daemon.labels import LabelBuffer
 from tta.daemon.ledger import Entry, Ledger
 from tta.daemon.library import Library
-from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink
-from tta.daemon.metrics import Metrics
+from tta.daemon.links import AdapterLink, Outputs, ShadowLink
+from tta.daemon.metrics import WORKERS, Metrics
 from tta.daemon.operation import Operation
-from tta.daemon.processes import Logger, Process, is_alive, runtime_folder
+from tta.daemon.processes import Logger, Process, runtime_folder
+from tta.daemon.servers import Servers, server_name
 from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
 from tta.daemon.watch import Watch, calibrated_for
@@ -36,7 +38,7 @@ from tta.monitor.calibration import Calibration, reference_warning
 from tta.monitor.regimes import fingerprint
 from tta.monitor.stickiness import nearest
 from tta.protocol import encode
-from tta.server.options import Counters, Observation, ServerOptions
+from tta.server.options import Counters, Observation
 from tta.versions import SOURCE
 
 Array = np.ndarray[Any, Any]
@@ -49,8 +51,6 @@ BEAT_S = 0.25  # seconds between two rounds of supervision
 RATE_S = 60.0  # seconds the rate of images is averaged over
 MEASURE_AGAIN_S = 300.0  # seconds alarms are taken as they are after thresholds could not be computed
 SAVE_S = 5.0  # seconds between two saves of the stream's position and the charts
-START_S = 120.0  # seconds a server may take to load its model
-ADOPT_S = 2.0  # seconds a server left by another daemon has to answer
 LIVE_S = 10.0  # seconds without a tick after which /livez fails
 ADAPTER_IDLE_S = 120.0  # seconds without work after which the adapter goes
 SHADOW_QUEUE = 4  # chart requests waiting before images are dropped
@@ -87,7 +87,8 @@ class Daemon:
         self.store = Store(config.state, self.bundle.sha256)
         self._lock()
         self.run_folder = runtime_folder(config.state)
-        self.metrics = Metrics(manifest)
+        names = [server_name(number) for number, _ in enumerate(config.server.endpoints)]
+        self.metrics = Metrics(manifest, (*names, *WORKERS))
         self.ledger = Ledger(config.daemon.ledger_bytes, config.daemon.ledger_age_s)
         self.labels = LabelBuffer(
             config.state / "labels.sqlite",
@@ -128,7 +129,7 @@ class Daemon:
             watch,
             self.metrics,
             self.shadow,
-            self.server,
+            self.servers,
             self.adapter,
             operation,
             self.log,
@@ -150,7 +151,7 @@ class Daemon:
             self.metrics,
             self.treatment,
             Hand(self.treatment),
-            self.server,
+            self.servers,
             self.processes,
             self.ready,
             self.log,
@@ -158,7 +159,7 @@ class Daemon:
         self.http = HttpServer(config.daemon.http, self.metrics.registry, self.live, self.ready)
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
-        self._start_or_adopt_server()
+        self._start_servers()
         self.shadow.process.start()
         self._started = True
         self.log.info(
@@ -207,11 +208,8 @@ class Daemon:
                 socket.bind(address)
             except zmq.ZMQError as error:
                 raise ConfigError(f"{name} = {address!r} cannot be bound: {error}") from error
-        self._admin = self.context.socket(zmq.DEALER)
-        self._admin.setsockopt(zmq.LINGER, 0)
-        self._admin.connect(self._ipc("server"))
         self._poller = zmq.Poller()
-        for socket in (self._observations, self._workers, self._control, self._admin):
+        for socket in (self._observations, self._workers, self._control):
             self._poller.register(socket, zmq.POLLIN)
 
     def _ipc(self, name: str) -> str:
@@ -220,79 +218,31 @@ class Daemon:
     def _make_processes(self) -> None:
         c = self.config
         bundle, workers, nice = str(c.bundle.resolve()), self._ipc("workers"), str(c.adapt.nice)
-        pid = str(os.getpid())
-        server = Process("server", self._server_argv, self.log, detached=True)
-        shadow = Process("shadow", lambda: ["-m", "tta.shadow", bundle, workers, c.device, nice, pid], self.log)
+        pid, pace = str(os.getpid()), (str(c.adapt.threads), str(c.adapt.share))
+        self.servers = Servers(
+            self.context, c, self.run_folder, self.bundle.sha256, self._version_folder, self.log
+        )
+        for socket in self.servers.sockets:
+            self._poller.register(socket, zmq.POLLIN)
+        shadow = Process(
+            "shadow", lambda: ["-m", "tta.shadow", bundle, workers, c.device, c.precision, nice, pid], self.log
+        )
         adapter = Process(
             "adapter",
-            lambda: ["-m", "tta.adapter.worker", bundle, workers, c.device, nice, pid, str(c.adapt.threads)],
+            lambda: ["-m", "tta.adapter.worker", bundle, workers, c.device, nice, pid, *pace],
             self.log,
             keep=False,
         )
-        self.processes = (server, shadow, adapter)
-        self.server = ServerLink(server, self._admin)
+        self.processes = (*(link.process for link in self.servers.links), shadow, adapter)
         self.shadow = ShadowLink(shadow, self._workers)
         self.adapter = AdapterLink(adapter, self._workers)
 
-    def _server_options(self) -> ServerOptions:
-        # The newest that verifies: a lost folder must not keep the server down.
-        folder = self.store.folder(self.store.verified(self.treatment.case.serving))
-        return ServerOptions(
-            bundle=str(self.config.bundle.resolve()),
-            version_folder=str(folder.resolve()) if folder else None,
-            admin=self._ipc("server"),
-            observe=self._ipc("observe"),
-            device=self.config.device,
-            **self.config.server.model_dump(),
-        )
+    def _version_folder(self) -> Path | None:
+        """Of the version a server starts with: the newest that verifies, or a lost folder would keep it down."""
+        return self.store.folder(self.store.verified(self.treatment.case.serving))
 
-    def _server_argv(self) -> list[str]:
-        path = self.run_folder / "server.json"
-        path.write_bytes(msgspec.json.encode(self._server_options()))
-        path.with_suffix(".error").unlink(missing_ok=True)
-        return ["-m", "tta.server", str(path)]
-
-    def _start_or_adopt_server(self) -> None:
-        """Take over a server that outlived another daemon if it is the one we would start; else start one."""
-        server = self.server
-        self._await_hello(ADOPT_S if Path(self._ipc("server").removeprefix("ipc://")).exists() else 0.0)
-        if server.hello:
-            if self._is_ours(server.hello):
-                server.process.adopt(server.hello["pid"])
-                return
-            self.log.info("server_replaced", pid=server.hello["pid"])
-            server.drain()
-            end = time.monotonic() + self.config.server.drain_s + 2
-            while time.monotonic() < end and is_alive(server.hello["pid"]):
-                self._poller.poll(POLL_MS)
-            server.hello = {}
-        server.process.start()
-        self._await_hello(START_S)
-        if not server.process.ready:
-            reason = self.run_folder / "server.error"
-            why = reason.read_text() if reason.exists() else f"exit status {server.process.exit_status}"
-            server.process.stop(1.0)
-            raise ConfigError(f"the server did not start: {why}")
-
-    def _is_ours(self, hello: dict[str, Any]) -> bool:
-        """Whether a running server is the one we would start; one of another release never is."""
-        try:
-            theirs = msgspec.convert(hello["options"], ServerOptions)
-        except (msgspec.ValidationError, KeyError):
-            return False
-        return bool(hello["bundle_sha256"] == self.bundle.sha256 and theirs.same_service(self._server_options()))
-
-    def _await_hello(self, timeout_s: float) -> None:
-        end = time.monotonic() + timeout_s
-        asked = 0.0
-        while not self.server.hello and time.monotonic() < end and not self.should_exit:
-            if self.server.process.pid is not None and not self.server.process.alive:
-                return
-            if time.monotonic() - asked > 0.5:
-                asked = time.monotonic()
-                self.server.say_hello()
-            if self._admin.poll(POLL_MS):
-                self.server.handle(msgspec.msgpack.decode(self._admin.recv()), time.monotonic())
+    def _start_servers(self) -> None:
+        self.servers.start_or_adopt(lambda: not self.should_exit)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         self.should_exit = True
@@ -309,8 +259,9 @@ class Daemon:
             self._drain(self._observations, self._observe)
             if self._workers in ready:
                 self._drain(self._workers, self._hear_worker)
-            if self._admin in ready:
-                self._drain(self._admin, self._hear_server)
+            for socket in self.servers.sockets:
+                if socket in ready:
+                    self._drain(socket, partial(self._hear_server, socket))
             if self._control in ready:
                 self._drain(self._control, self._obey)
             if self._early:
@@ -410,8 +361,8 @@ class Daemon:
 
         self.shadow.ask([(SOURCE, None)], x, then)
 
-    def _hear_server(self, frames: list[bytes]) -> None:
-        self.server.handle(msgspec.msgpack.decode(frames[0]), time.monotonic())
+    def _hear_server(self, socket: "zmq.Socket[bytes]", frames: list[bytes]) -> None:
+        self.servers.handle(socket, msgspec.msgpack.decode(frames[0]), time.monotonic())
 
     def _hear_worker(self, frames: list[bytes]) -> None:
         header = msgspec.msgpack.decode(frames[1])
@@ -451,8 +402,7 @@ class Daemon:
     # -- supervision ------------------------------------------------------------------------------------
 
     def _supervise(self, now: float) -> None:
-        server = self.server
-        server.say_hello()
+        self.servers.say_hello()
         for process in self.processes:
             died = process.supervise()
             if not died:
@@ -462,8 +412,9 @@ class Daemon:
             if process.name == "adapter":
                 self.adapter.died()
         self._kill_what_hangs(now)
-        if server.hello and server.process.ready:
-            self.treatment.reconcile(server.hello["version"])
+        differing = self.servers.differing(self.treatment.case.serving)
+        if differing is not None:
+            self.treatment.reconcile(differing)
         idle = self.adapter.idle_since
         needed = self.adapter.busy or self.treatment.cycle.state.value in ("drifted", "adapting")
         if idle is not None and not needed and now - idle > ADAPTER_IDLE_S:
@@ -474,16 +425,14 @@ class Daemon:
     def _kill_what_hangs(self, now: float) -> None:
         """A process that is silent for too long is killed; it is then found dead and started again."""
         limit = self.config.daemon.worker_timeout_s
-        silent_s = now - self.server.last_seen if self.server.process.ready and self.server.last_seen else 0.0
-        for link, seconds, allowed in (
-            (self.server, silent_s, limit),
-            (self.shadow, self.shadow.oldest_s(now), limit),
-            (self.adapter, self.adapter.busy_s(now), self.config.adapt.budget_s + limit),
+        for process, seconds, allowed in (
+            *((link.process, link.silent_s(now), limit) for link in self.servers.links),
+            (self.shadow.process, self.shadow.oldest_s(now), limit),
+            (self.adapter.process, self.adapter.busy_s(now), self.config.adapt.budget_s + limit),
         ):
             if seconds > allowed:
-                self.log.error("process_hung", name=link.process.name, seconds=round(seconds, 1))
-                self.server.last_seen = now
-                link.process.kill()
+                self.log.error("process_hung", name=process.name, seconds=round(seconds, 1))
+                process.kill()
 
     def _refresh_metrics(self, now: float) -> None:
         m, treatment, watch = self.metrics, self.treatment, self.treatment.watch
@@ -523,7 +472,7 @@ class Daemon:
 
     def ready(self) -> bool:
         """Whether predictions are answered."""
-        return self.server.process.ready and time.monotonic() - self.server.last_seen < LIVE_S
+        return self.servers.ready
 
     # -- shutdown -----------------------------------------------------------------------------------------
 
@@ -542,7 +491,7 @@ class Daemon:
             self.calibrations.close()
         for process in reversed(getattr(self, "processes", ())):
             process.keep = False
-            if process.name != "server":
+            if process in (self.shadow.process, self.adapter.process):
                 process.stop(1.0)
             elif stop_server:
                 process.stop(self.config.server.drain_s + 2)

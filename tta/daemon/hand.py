@@ -46,7 +46,7 @@ class Hand:
             then(reply)
 
         treatment.give_up_adapting(f"{reason} by the operator")
-        treatment.server.swap(version, folder, done)
+        treatment.servers.swap(version, folder, done)
 
     def pause(self) -> None:
         """Decide nothing until `resume`; an adaptation under way is cancelled and starts again after it."""

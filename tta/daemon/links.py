@@ -132,7 +132,7 @@ class ShadowLink:
 
 
 class ServerLink:
-    """Swaps and health of the server."""
+    """Swaps and health of one server."""
 
     def __init__(self, process: Process, socket: "zmq.Socket[bytes]") -> None:
         self.process = process
@@ -148,6 +148,10 @@ class ServerLink:
     def swapping(self) -> bool:
         """Whether a swap is under way."""
         return self._swap is not None
+
+    def silent_s(self, now: float) -> float:
+        """Seconds since it was heard; 0 while it is not expected to answer."""
+        return now - self.last_seen if self.process.ready and self.last_seen else 0.0
 
     def say_hello(self) -> None:
         """Ask whether it is there; the answer arrives in `handle`. Also repeats a swap it had no time for."""
@@ -191,6 +195,12 @@ class ServerLink:
                 self.hello["version"] = reply["version"]
             then, self._swap = self._swap[1], None
             then(reply)
+
+    def give_up(self) -> None:
+        """Wait no longer for a swap: whoever asked gets {"gone": True}."""
+        if self._swap is not None:
+            then, self._swap = self._swap[1], None
+            then({"op": "swap", "gone": True})
 
     def release(self) -> None:
         """Let it drop the version before the present one."""

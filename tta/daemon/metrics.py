@@ -16,6 +16,7 @@ from tta.daemon.cycle import State
 from tta.daemon.gate import Verdict
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters
 
+WORKERS = ("shadow", "adapter")
 PHASE_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 _HISTOGRAMS = {
@@ -27,23 +28,23 @@ _HISTOGRAMS = {
 
 
 class ServerTotals(Collector):
-    """Sums the counters of all servers this daemon has seen, by epoch."""
+    """Sums the counters of all server processes this daemon has seen."""
 
     def __init__(self) -> None:
-        self._by_epoch: dict[int, Counters] = {}
-        self._queue_images = 0
+        self._seen: dict[int, dict[int, Counters]] = {}  # by number of the server, then by epoch
 
     def update(self, counters: Counters) -> None:
         """Take a server's newest totals."""
-        self._by_epoch[counters.epoch] = counters
-        self._queue_images = counters.queue_images
-        if len(self._by_epoch) > 2:  # fold the older ones into one
-            oldest, second = sorted(self._by_epoch)[:2]
-            self._by_epoch[second] = _added(self._by_epoch.pop(oldest), self._by_epoch[second], second)
+        by_epoch = self._seen.setdefault(counters.number, {})
+        by_epoch[counters.epoch] = counters
+        if len(by_epoch) > 2:  # fold the older ones into one
+            oldest, second = sorted(by_epoch)[:2]
+            by_epoch[second] = _added(by_epoch.pop(oldest), by_epoch[second], second)
 
     def collect(self) -> Iterator[Any]:
         """Metric families, for prometheus_client."""
-        every = list(self._by_epoch.values())
+        every = [c for by_epoch in self._seen.values() for c in by_epoch.values()]
+        queued = sum(by_epoch[max(by_epoch)].queue_images for by_epoch in self._seen.values())
         requests = CounterMetricFamily("tta_requests", "Requests answered, by code", labels=["code"])
         rejected = CounterMetricFamily("tta_rejected", "Requests refused on arrival, by code", labels=["code"])
         for family, field in ((requests, "requests"), (rejected, "rejected")):
@@ -58,7 +59,7 @@ class ServerTotals(Collector):
             ("tta_observations_dropped", "Batches the daemon did not see", "observations_dropped"),
         ):
             yield CounterMetricFamily(name, text, value=sum(getattr(c, field) for c in every))
-        yield GaugeMetricFamily("tta_queue_images", "Images queued now", value=self._queue_images)
+        yield GaugeMetricFamily("tta_queue_images", "Images queued now", value=queued)
         for name, (text, bounds) in _HISTOGRAMS.items():
             counts, total = [0] * (len(bounds) + 1), 0.0
             for c in every:
@@ -77,6 +78,7 @@ def _added(a: Counters, b: Counters, epoch: int) -> Counters:
         return {k: x.get(k, 0) + y.get(k, 0) for k in {*x, *y}}
 
     return Counters(
+        number=b.number,
         epoch=epoch,
         requests=merged(a.requests, b.requests),
         rejected=merged(a.rejected, b.rejected),
@@ -99,7 +101,7 @@ def _added(a: Counters, b: Counters, epoch: int) -> Counters:
 class Metrics:
     """The daemon's metrics; attributes are named as the metrics without the prefix."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, processes: Sequence[str] = ("server", *WORKERS)) -> None:
         self.registry = CollectorRegistry()
         self.server = ServerTotals()
         self.registry.register(self.server)
@@ -182,7 +184,7 @@ class Metrics:
             self.notices.labels(kind)
         for outcome in ("joined", "no_input", "expired", "unknown"):
             self.labels.labels(outcome)
-        for process in ("server", "shadow", "adapter"):
+        for process in processes:
             self.up.labels(process).set(0)
             self.restarts.labels(process)
 

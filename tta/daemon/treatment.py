@@ -18,11 +18,12 @@ from tta.daemon.cycle import Cycle, Event, State
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger, stack_inputs
 from tta.daemon.library import HOME, Library, Regime
-from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink, VersionFolder
+from tta.daemon.links import AdapterLink, Outputs, ShadowLink, VersionFolder
 from tta.daemon.metrics import Metrics
 from tta.daemon.operation import MIN_WINDOW, Conclusion, Operation, arrays_of
 from tta.daemon.processes import Logger
 from tta.daemon.rehearsals import Rehearsals
+from tta.daemon.servers import Servers
 from tta.daemon.store import Store
 from tta.daemon.watch import Finding, Watch
 from tta.errors import NotFoundError
@@ -63,7 +64,7 @@ class Treatment:
         watch: Watch,
         metrics: Metrics,
         shadow: ShadowLink,
-        server: ServerLink,
+        servers: Servers,
         adapter: AdapterLink,
         operation: Operation,
         log: Logger,
@@ -76,7 +77,7 @@ class Treatment:
         self.watch = watch
         self.metrics = metrics
         self.shadow = shadow
-        self.server = server
+        self.servers = servers
         self.adapter = adapter
         self.operation = operation
         self.rehearsals = Rehearsals(config, store, labels, library, shadow, operation, self.record)
@@ -527,7 +528,7 @@ class Treatment:
 
     def tick(self) -> None:
         """Whatever depends on counts and time rather than on a message."""
-        if self._unfinished and self.server.process.ready:
+        if self._unfinished and self.servers.ready:
             self._unfinished = False
             if self.case.swap_to is not None:
                 self._change(self.case.swap_to, self.case.swap_regime, self.case.swap_reason)
@@ -782,7 +783,7 @@ class Treatment:
         except NotFoundError as error:
             then({"error": str(error)})
             return
-        self.server.swap(version, folder, then)
+        self.servers.swap(version, folder, then)
 
     def _served(self, version: int, regime: int, reason: str) -> None:
         """`version` answers from now on."""
@@ -837,7 +838,7 @@ class Treatment:
             found = None if self.case.kind == "output" else self.watch.fingerprint()
             self._add_regime(self.case.kind, self.case.accuracy, found, self.sequence, self.case.keys)
         self._probation_from = None
-        self.server.release()
+        self.servers.release()
         self.metrics.regime.set(self.case.regime)
 
     def _measured_accuracy(self) -> float:
@@ -866,8 +867,8 @@ class Treatment:
         return {m: round(sum(right) / len(right), 4) for m, right in self._right.items() if right}
 
     def reconcile(self, version: int) -> None:
-        """The server says what it serves; if that is not what we believe, make it so, or believe it."""
-        if version == self.case.serving or self.server.swapping or self.case.swap_to is not None:
+        """A server says what it serves; if that is not what we believe, make it so, or believe it."""
+        if version == self.case.serving or self.servers.swapping or self.case.swap_to is not None:
             return
         self.record("server_version_differs", server=version)
 
@@ -883,7 +884,7 @@ class Treatment:
         except NotFoundError as error:
             then({"error": str(error)})
             return
-        self.server.swap(self.case.serving, folder, then)
+        self.servers.swap(self.case.serving, folder, then)
 
     def begin_anew(self, version: int, reason: str) -> None:
         """The operator has put a version into service: stable from here, in the regime it was made for."""
@@ -916,4 +917,4 @@ class Treatment:
     @property
     def swapping(self) -> bool:
         """Whether a swap is under way, asked for by the cycle, the operator or `reconcile`."""
-        return self.server.swapping or self.case.swap_to is not None
+        return self.servers.swapping or self.case.swap_to is not None

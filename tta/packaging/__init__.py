@@ -1,5 +1,6 @@
 """Make a bundle from a PyTorch model. The only folder besides `adapter/` that imports torch."""
 
+import copy
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from safetensors.numpy import save
 from torch import nn
 
 import tta
-from tta.bundle import FORMAT, Bundle, Manifest, load_bundle, write_bundle
+from tta.bundle import FORMAT, FP16, Bundle, Manifest, load_bundle, write_bundle
 from tta.errors import BundleError, InputError
 from tta.images import RESIZES
 from tta.monitor.charts import Layout
@@ -24,6 +25,8 @@ from tta.packaging.reference import fit_whitening, raw_features, reference_array
 
 N_PARITY = 256
 PARITY_TOLERANCE = 1e-3  # of the largest logit
+FP16_TOLERANCE = 5e-2
+FP16_AGREEMENT = 0.97  # share of images that half precision must not move to another class
 N_ANCHOR = 256
 
 Array = npt.NDArray[Any]
@@ -40,6 +43,7 @@ class Recipe:
         mean: per channel, of values in [0, 1].
         std: per channel.
         arl: samples between two false alarms.
+        fp16: add a graph with weights of half precision, for GPUs.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Recipe:
     resize: str = "crop"
     arl: float = 20_000.0
     seed: int = 0
+    fp16: bool = False
 
 
 def package(
@@ -84,6 +89,7 @@ def package(
 
     # 1. Blocks, and what the reference looks like in them.
     blocks = partition(model, recipe.image_shape)
+    half = copy.deepcopy(model).half() if recipe.fp16 else None  # before it is hooked
     taps = Taps(model, blocks, recipe.mean, recipe.std).eval()
     done = 0
 
@@ -105,6 +111,10 @@ def package(
     progress("export", 0, 1)
     served = Served(taps, whitening.projections).eval()
     graph, tensors = export(served, recipe.image_shape)
+    graph_fp16 = None
+    if half is not None:
+        half_taps = Taps(half, blocks, recipe.mean, recipe.std)
+        graph_fp16, _ = export(Served(half_taps, whitening.projections).eval(), recipe.image_shape)
     progress("export", 1, 1)
 
     # 3. What is usual, and thresholds.
@@ -130,9 +140,10 @@ def package(
         "arl": recipe.arl,
         "tools": {"tta": tta.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    manifest["parity"] = _parity(served, manifest, graph, weights, x[:N_PARITY], progress)
+    manifest["parity"] = _parity(served, manifest, graph, graph_fp16, weights, x[:N_PARITY], progress)
     files = {
         "model.onnx": graph,
+        **({FP16: graph_fp16} if graph_fp16 is not None else {}),
         "weights.safetensors": save({n: np.ascontiguousarray(w) for n, w in weights.items()}),
         "reference.safetensors": save({n: np.ascontiguousarray(a) for n, a in arrays.items()}),
         "anchor.safetensors": save(anchor),
@@ -182,6 +193,7 @@ def _parity(
     served: Served,
     manifest: Mapping[str, Any],
     graph: bytes,
+    graph_fp16: bytes | None,
     weights: Mapping[str, Array],
     x: Array,
     progress: Progress,
@@ -189,29 +201,41 @@ def _parity(
     """Compare torch with onnxruntime, batch of another size than the export's.
 
     Raises:
-        BundleError: they differ by more than `PARITY_TOLERANCE` of the largest logit, or in a class.
+        BundleError: they differ by more than `PARITY_TOLERANCE` of the largest logit, or in a class; half
+            precision by more than `FP16_TOLERANCE`, or in more classes than `FP16_AGREEMENT` allows.
     """
     import msgspec
 
     from tta.server.predictor import Predictor
 
     full = {"format": FORMAT, **manifest, "parity": {}, "sha256": {}}
-    bundle = Bundle(Path("."), msgspec.convert(full, Manifest), graph, weights, {}, {}, "")
-    predictor = Predictor(bundle, "cpu", threads=torch.get_num_threads())
-    predictor.activate(predictor.prepare())
-    worst, largest, agree = 0.0, 0.0, 0
-    for start in range(0, len(x), 32):
-        batch = x[start : start + 32]
-        with torch.inference_mode():
-            expected = served(torch.from_numpy(batch))[0].numpy()
-        got = predictor.run(batch).logits
-        worst = max(worst, float(np.abs(got - expected).max()))
-        largest = max(largest, float(np.abs(expected).max()))
-        agree += int((got.argmax(1) == expected.argmax(1)).sum())
-        progress("parity", start + len(batch), len(x))
-    if worst > PARITY_TOLERANCE * max(largest, 1e-3) or agree < len(x):
-        raise BundleError(
-            f"parity failed: onnxruntime differs from torch by {worst:.3g} (largest logit {largest:.3g}), "
-            f"classes agree on {agree} of {len(x)} images"
+    unwritten = msgspec.convert(full, Manifest)
+    bundle = Bundle(Path("."), unwritten, graph, weights, {}, {}, "", graph_fp16)
+    with torch.inference_mode():
+        expected = np.concatenate(
+            [served(torch.from_numpy(x[i : i + 32]))[0].numpy() for i in range(0, len(x), 32)]
         )
-    return {"max_difference": worst, "largest_logit": largest, "n_images": float(len(x))}
+    largest = float(np.abs(expected).max())
+    found: dict[str, float] = {"largest_logit": largest, "n_images": float(len(x))}
+    precisions = [("fp32", PARITY_TOLERANCE, 1.0)]
+    if graph_fp16 is not None:
+        precisions.append(("fp16", FP16_TOLERANCE, FP16_AGREEMENT))
+    for precision, tolerance, agreement in precisions:
+        predictor = Predictor(bundle, "cpu", torch.get_num_threads(), precision=precision)
+        predictor.activate(predictor.prepare())
+        worst, agree = 0.0, 0
+        for start in range(0, len(x), 32):
+            got, wanted = predictor.run(x[start : start + 32]).logits, expected[start : start + 32]
+            worst = max(worst, float(np.abs(got - wanted).max()))
+            agree += int((got.argmax(1) == wanted.argmax(1)).sum())
+            progress(f"{precision} parity", start + len(got), len(x))
+        # Not <=: NaN is never in order.
+        if not worst <= tolerance * max(largest, 1e-3) or agree < agreement * len(x):
+            raise BundleError(
+                f"{precision} parity failed: onnxruntime differs from torch by {worst:.3g} (largest logit "
+                f"{largest:.3g}), classes agree on {agree} of {len(x)} images"
+                + (": package without --fp16" if precision == "fp16" else "")
+            )
+        prefix = "" if precision == "fp32" else f"{precision}_"
+        found |= {f"{prefix}max_difference": worst, f"{prefix}agreement": agree / len(x)}
+    return found

@@ -3,7 +3,8 @@
 The graph keeps every weight as an initializer under its state_dict name, with a dummy external location, so that
 a version's weights are handed to onnxruntime when its session is built. Batch normalisation stays a clean node
 that onnxruntime folds itself; nothing that reads a named weight is folded here (the exporter's own optimiser
-folds normalisation into `conv.weight` and keeps its name, which would make a swap by name silently wrong).
+folds normalisation into `conv.weight` and keeps its name, which would make a swap by name silently wrong). Means
+over space become GlobalAveragePool, which onnxruntime computes in the blocked layout of its convolutions.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ class Taps(nn.Module):
     """A model whose forward also gives each block's statistics.
 
     Features of a block are its channels' mean and log-variance over space (over tokens for a ViT); of the head,
-    the centred logits.
+    the centred logits. Of a model in half precision too, inputs are normalised and statistics taken in float32.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Taps(nn.Module):
         self.register_buffer("input_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.input_mean: Tensor
         self.input_std: Tensor
+        self._dtype = next(model.parameters()).dtype
         self._seen: dict[str, Tensor] = {}
         self._blocks = list(blocks)
         modules = dict(model.named_modules())
@@ -61,8 +63,9 @@ class Taps(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits (N, K) and, for each block, its raw statistics (N, 2C), of x (N, H, W, C) uint8."""
         scaled = x.permute(0, 3, 1, 2).to(torch.float32) / 255.0
-        logits = self.model((scaled - self.input_mean) / self.input_std)
-        raw = [_moments(self._seen[b.name], b.channels_last) for b in self._blocks if b.tap]
+        logits = self.model(((scaled - self.input_mean) / self.input_std).to(self._dtype)).float()
+        # In float32: the square of a half above 256 is infinite.
+        raw = [_moments(self._seen[b.name].float(), b.channels_last) for b in self._blocks if b.tap]
         return logits, [*raw, logits - logits.mean(dim=1, keepdim=True)]
 
 
@@ -129,7 +132,9 @@ def export(served: Served, image_shape: tuple[int, int, int]) -> tuple[bytes, se
     weights = {prefix + n: t for n, t in served.taps.model.state_dict().items() if t.is_floating_point()}
     named = set(weights) & set(graph.initializers)
     _fold(program.model, named)
-    return _externalise(program.model_proto, prefix, {n: weights[n] for n in named & set(graph.initializers)})
+    proto = program.model_proto
+    _pool(proto.graph)
+    return _externalise(proto, prefix, {n: weights[n] for n in named & set(graph.initializers)})
 
 
 @contextlib.contextmanager
@@ -156,6 +161,32 @@ def _fold(model: Any, named: set[str]) -> None:
         should_fold=lambda node: False if any(i is not None and i.name in named for i in node.inputs) else None,
     )
     RemoveUnusedNodesPass()(model)
+
+
+def _pool(graph: onnx.GraphProto) -> None:
+    """Write means over height and width as GlobalAveragePool.
+
+    ReduceMean has no blocked layout: each tap would cost a reordering of the whole activation, and taps are to
+    cost 5 % at most (`bench/results/limits.md`).
+    """
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value_ints":
+            constants[node.output[0]] = np.array(node.attribute[0].ints)
+    rank = {v.name: len(v.type.tensor_type.shape.dim) for v in graph.value_info}
+    nodes = []
+    for node in graph.node:
+        axes = constants.get(node.input[1]) if node.op_type == "ReduceMean" and len(node.input) > 1 else None
+        if axes is None or rank.get(node.input[0]) != 4 or sorted(np.atleast_1d(axes) % 4) != [2, 3]:
+            nodes.append(node)
+            continue
+        keeps = all(a.i for a in node.attribute if a.name == "keepdims")  # the operator's default is to keep them
+        pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
+        nodes.append(onnx.helper.make_node("GlobalAveragePool", [node.input[0]], [pooled]))
+        if not keeps:
+            nodes.append(onnx.helper.make_node("Flatten", [pooled], [node.output[0]], axis=1))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _externalise(proto: onnx.ModelProto, prefix: str, weights: dict[str, Tensor]) -> tuple[bytes, set[str]]:

@@ -15,15 +15,23 @@ START_S = 90.0
 
 
 class DaemonProcess:
-    """`tta serve` in a process of its own, on free ports."""
+    """`tta serve` in a process of its own, on free ports.
 
-    def __init__(self, bundle: Path, folder: Path, settings: dict[str, Any]) -> None:
+    Args:
+        bundle: to serve.
+        folder: for state and log.
+        settings: by dotted name.
+        n_servers: with an endpoint each; `endpoint` names them all, with commas.
+    """
+
+    def __init__(self, bundle: Path, folder: Path, settings: dict[str, Any], n_servers: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.log_path = folder / "daemon.log"
-        ports = free_ports(3)
-        self.endpoint, self.control = (f"tcp://127.0.0.1:{p}" for p in ports[:2])
-        self.http = f"127.0.0.1:{ports[2]}"
+        http, *ports = free_ports(2 + n_servers)
+        self.control, *endpoints = (f"tcp://127.0.0.1:{p}" for p in ports)
+        self.endpoint = ",".join(endpoints)
+        self.http = f"127.0.0.1:{http}"
         values = {
             "server.endpoint": self.endpoint,
             "daemon.control": self.control,

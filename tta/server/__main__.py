@@ -30,10 +30,11 @@ from tta.errors import TTAError, UnavailableError
 from tta.server.batcher import Batcher, Pending
 from tta.server.frontend import Computed, Failed, Frontend, Statistics, send
 from tta.server.options import Observation, ServerOptions
-from tta.server.predictor import Predictor
+from tta.server.predictor import Predictor, resolve_precision
 
 OBSERVATION_BYTES = 256 << 20  # memory of batches queued for the daemon
 BUILDER_NICE = 10
+ID_STRIDE = 10**14  # between two servers' ids: three years of microseconds; 16 servers fit a double
 SHIP_S = 1.0  # seconds between two shipments of counters
 
 
@@ -44,8 +45,8 @@ class Server:
         self.options = options
         self.log = logger
         self.should_exit = False
-        # Ids are microseconds at start plus images since: unique over restarts, exact in a double.
-        self.epoch = time.time_ns() // 1000
+        # Ids are microseconds at start plus images since: unique over restarts and servers, exact in a double.
+        self.epoch = time.time_ns() // 1000 + options.number * ID_STRIDE
         self.next_id = self.epoch
         self.building = False
 
@@ -53,13 +54,20 @@ class Server:
         """Load the model, warm it, bind the sockets."""
         options = self.options
         self.bundle = load_bundle(options.bundle)
-        self.predictor = Predictor(self.bundle, options.device, options.threads, options.max_batch_size)
+        self.predictor = Predictor(
+            self.bundle,
+            options.device,
+            options.threads,
+            options.max_batch_size,
+            resolve_precision(options.precision, options.device),
+            options.gpu_memory_bytes,
+        )
         self.predictor.activate(self._first_version())
         self.context = zmq.Context()
         self.context.set(zmq.MAX_SOCKETS, 4096)
         self.batcher = Batcher(options.max_batch_size, options.max_wait_s, options.queue_images, options.queue_s)
         self._learn_speed()
-        self.statistics = Statistics(self.epoch)
+        self.statistics = Statistics(self.epoch, options.number)
         self.frontend = Frontend(
             self.context,
             options,
@@ -80,6 +88,7 @@ class Server:
             endpoint=options.endpoint,
             version=self.version(),
             device=self.predictor.device,
+            precision=self.predictor.precision,
         )
 
     def _learn_speed(self) -> None:
@@ -145,8 +154,10 @@ class Server:
             if dropped:
                 self.frontend.finish(Failed(dropped))
             if batch:
+                start = time.monotonic()
                 try:
                     self.frontend.finish(self._predict(batch, observations, sample))
+                    self.batcher.observe(sum(len(r.x) for r in batch), time.monotonic() - start)
                 except Exception as error:  # whatever the runtime raises, the clients get an answer
                     self.log.exception("batch_failed", error=str(error))
                     self.frontend.finish(Failed(batch, error))
@@ -169,7 +180,6 @@ class Server:
         x = self._gather(batch)
         result = self.predictor.run(x)
         compute_s = time.monotonic() - start
-        self.batcher.observe(len(x), compute_s)
         first_id, self.next_id = self.next_id, self.next_id + len(x)
         self.statistics.images += len(x)
         self.statistics.batches += 1
@@ -265,7 +275,7 @@ class Server:
 def main() -> int:
     """Run one server; the exit status says how it ended."""
     options = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ServerOptions)
-    logger = log.setup("server")
+    logger = log.setup(f"server{options.number or ''}")
     server = Server(options, logger)
     try:
         server.startup()

@@ -1,12 +1,14 @@
 """Admitted requests, waiting to become batches: bounded, fair between clients, deadline-aware.
 
 The frontend puts, the inference thread takes. A batch starts at once when the model was idle; while it is
-busy, requests gather, and a batch that is not full then waits `max_wait_s`. A request is never split: its images
-are computed by one version.
+busy, requests gather, and a batch that is not full then waits `max_wait_s`. It is full when a larger one would not
+be computed faster, image for image: more would only make all of them wait for the last. A request is never split:
+its images are computed by one version.
 
 Order is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): every client's images advance its own
 clock, and the request whose clock is furthest behind goes next. One client's requests stay in their order; a
-client that sends ten times its share waits for itself. A full queue refuses whoever holds most of it (longest
+client that sends ten times its share waits for itself: neither is the batch that another has been waiting for made
+much longer by its images. A full queue refuses whoever holds most of it (longest
 queue drop, Suter et al., INFOCOM 1998), so that nobody is refused for what another has sent.
 """
 
@@ -23,6 +25,9 @@ import numpy.typing as npt
 from tta.errors import DeadlineError, OverloadedError
 
 SMOOTHING = 0.1  # weight of the newest batch in the moving average of compute seconds
+FAST_ENOUGH = 0.95  # of the images a second that the fastest batch size computes
+STRETCH = 1.5  # times as long a batch may take for being filled up by clients who are ahead of others in it
+REMEASURE_S = 60.0  # after which a batch size is tried again
 LEAST_RETRY_S = 0.01
 MAX_FINISHED = 256
 
@@ -62,17 +67,37 @@ class Pending:
 
 
 class ComputeTime:
-    """Seconds that a batch takes, by its size: a moving average each for 1, 2, 4 ... images."""
+    """Seconds that a batch takes, by its size: a moving average each for 1, 2, 3-4, 5-8 ... images."""
 
     def __init__(self, max_batch_size: int) -> None:
         self.max_batch_size = max_batch_size
         self._seconds: dict[int, float] = {}  # by bucket: the size's bit length
+        self._each_s: dict[int, float] = {}  # an image
+        self._measured: dict[int, float] = {}  # when, monotonic seconds
 
-    def observe(self, n_images: int, seconds: float) -> None:
-        """Learn how long a batch took."""
+    def observe(self, n_images: int, seconds: float, now: float) -> None:
+        """Learn at `now` how long a batch took."""
         bucket = (n_images - 1).bit_length()
-        known = self._seconds.get(bucket)
-        self._seconds[bucket] = seconds if known is None else known + SMOOTHING * (seconds - known)
+        for averages, value in ((self._seconds, seconds), (self._each_s, seconds / n_images)):
+            known = averages.setdefault(bucket, value)
+            averages[bucket] = known + SMOOTHING * (value - known)
+        self._measured[bucket] = now
+
+    def batch_size(self, queued: int, now: float) -> int:
+        """Images to compute together while so many are queued: the least that are computed `FAST_ENOUGH`.
+
+        A size that was not measured for `REMEASURE_S` is tried when as many are queued.
+        """
+        largest = (self.max_batch_size - 1).bit_length()
+        if largest not in self._each_s:
+            return self.max_batch_size
+        for bucket in range(largest + 1):
+            size = min(1 << bucket, self.max_batch_size)
+            if queued >= size and now - self._measured.get(bucket, -REMEASURE_S) >= REMEASURE_S:
+                return size
+        fastest_s = min(self._each_s.values())
+        enough = min(b for b, each_s in self._each_s.items() if each_s * FAST_ENOUGH <= fastest_s)
+        return min(1 << enough, self.max_batch_size)
 
     def of(self, n_images: int) -> float:
         """Expected seconds for so many images in full batches and a rest; 0 while nothing is known."""
@@ -229,7 +254,7 @@ class Batcher:
     def observe(self, n_images: int, seconds: float) -> None:
         """Inference thread: learn how long a batch took, and so how many images there is time for."""
         with self._lock:
-            self.compute_time.observe(n_images, seconds)
+            self.compute_time.observe(n_images, seconds, time.monotonic())
             each_s = self.compute_time.of(self.max_batch_size) / self.max_batch_size
             self._room = max(1, min(self.capacity, int(self.capacity_s / each_s))) if each_s else self.capacity
 
@@ -260,11 +285,15 @@ class Batcher:
             batch: list[Pending] = []
             dropped: list[Pending] = []
             size, now = 0, time.monotonic()
+            full = self.compute_time.batch_size(self.images, now)
+            served: set[bytes] = set()  # clients in the batch
+            longest_s = float("inf")  # the batch may take, once someone in it has no more to send
             while self._heap:
                 clock, _, request = self._heap[0]
                 n = len(request.x)
                 if not request.evicted:
-                    if batch and size + n > self.max_batch_size:
+                    ahead = request.identity in served
+                    if batch and (size + n > full or (ahead and self.compute_time.of(size + n) > longest_s)):
                         break
                     self._clock = clock
                     self._clients[request.identity].queue.popleft()  # a client's requests are taken in order
@@ -274,6 +303,9 @@ class Batcher:
                     else:
                         batch.append(request)
                         size += n
+                        served.add(request.identity)
+                        if request.identity not in self._clients or (longest_s < float("inf") and not ahead):
+                            longest_s = STRETCH * self.compute_time.of(size)
                 heapq.heappop(self._heap)
             self._busy_until = now + self.compute_time.of(size)
             return batch, dropped
@@ -282,11 +314,12 @@ class Batcher:
         """Give a batch that is not full up to `max_wait_s` from its first request's arrival."""
         first = min(c.queue[0].received for c in self._clients.values())
         end = first + self.max_wait_s
-        while self.images < self.max_batch_size and not self._closed:
-            left = end - time.monotonic()
-            if left <= 0:
+        while not self._closed:
+            now = time.monotonic()
+            full = self.compute_time.batch_size(self.images, now)
+            if self.images >= full or now >= end:
                 return
-            self._wait_for(self.max_batch_size, left)
+            self._wait_for(full, end - now)
 
     def _wait_for(self, images: int, timeout_s: float) -> None:
         """Let go of the lock until so many images are queued; it may be woken early."""

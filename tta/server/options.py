@@ -8,14 +8,22 @@ import msgspec
 
 
 class ServerOptions(msgspec.Struct, kw_only=True):
-    """Settings of one server process; see `configs/default.yaml` for what each means."""
+    """Settings of one server process; see `configs/default.yaml` for what each means.
+
+    Attributes:
+        number: of this server among those of a daemon, from 0.
+        device: "cpu", "cuda" or "auto", with the GPU's number after a colon where there are GPUs.
+    """
 
     bundle: str
     version_folder: str | None
     endpoint: str
     admin: str
     observe: str
+    number: int = 0
     device: str
+    precision: str = "fp32"
+    gpu_memory_bytes: int | None = None
     threads: int
     max_batch_size: int
     max_wait_s: float
@@ -55,9 +63,10 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Counters(msgspec.Struct, kw_only=True):
-    """Totals of one server process since its start (`epoch`)."""
+    """Totals of one server process (`number`) since its start (`epoch`)."""
 
     op: str = "counters"
+    number: int = 0
     epoch: int
     requests: dict[str, int]
     rejected: dict[str, int]

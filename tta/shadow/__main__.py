@@ -1,4 +1,4 @@
-"""`python -m tta.shadow BUNDLE WORKERS DEVICE NICE PARENT`: run any version on images the daemon sends.
+"""`python -m tta.shadow BUNDLE WORKERS DEVICE PRECISION NICE PARENT`: run any version on images the daemon sends.
 
 The charts always see the source model's features through it, and the gate judges the very session that would
 serve. One thread, one request at a time: `{op:"run", id, versions:[[number, folder]...], shape}` + images gives
@@ -18,7 +18,7 @@ from tta import log
 from tta.bundle import load_bundle
 from tta.errors import TTAError
 from tta.process import become_worker
-from tta.server.predictor import Predictor, Session
+from tta.server.predictor import Predictor, Session, resolve_precision
 
 KEPT_SESSIONS = 4
 BATCH = 32
@@ -27,8 +27,9 @@ BATCH = 32
 class Shadow:
     """Sessions of several versions, the least recently used dropped first; the source always stays."""
 
-    def __init__(self, bundle: str, device: str) -> None:
-        self.predictor = Predictor(load_bundle(bundle), device, threads=1, max_batch_size=BATCH)
+    def __init__(self, bundle: str, device: str, precision: str) -> None:
+        served = resolve_precision(precision, device)
+        self.predictor = Predictor(load_bundle(bundle), device, 1, BATCH, served)
         self.source = self.predictor.prepare()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
 
@@ -62,7 +63,7 @@ class Shadow:
 
 def main() -> int:
     """Serve the daemon until it goes away."""
-    bundle, workers, device, nice, parent = sys.argv[1:6]
+    bundle, workers, device, precision, nice, parent = sys.argv[1:7]
     become_worker(int(nice), int(parent))
     logger = log.setup("shadow")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -70,7 +71,7 @@ def main() -> int:
     socket.setsockopt(zmq.IDENTITY, b"shadow")
     socket.connect(workers)
     try:
-        shadow = Shadow(bundle, device)
+        shadow = Shadow(bundle, device, precision)
     except TTAError as error:
         logger.error("shadow_failed", error=str(error))
         return 2

@@ -1,0 +1,39 @@
+"""Leave part of the time to others: niceness means nothing on a GPU, where kernels of two processes take turns."""
+
+import time
+from collections.abc import Callable
+
+LONGEST_S = 10.0  # of work between two pauses; what is longer was waiting for something to do
+
+
+class Pace:
+    """Pauses after each step, so that at most `share` of the time is worked.
+
+    Args:
+        share: 0 to 1; 1 never pauses.
+        finish: waits until what was asked of the device is done.
+        clock: monotonic seconds.
+        sleep: for so many seconds.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        finish: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self.share = share
+        self._finish = finish
+        self._clock = clock
+        self._sleep = sleep
+        self._since = clock()
+
+    def step(self, *_: object) -> None:
+        """After a step of the optimiser; whatever it is called with is of no interest."""
+        if self.share >= 1:
+            return
+        self._finish()
+        worked_s = min(self._clock() - self._since, LONGEST_S)
+        self._sleep(worked_s * (1 / self.share - 1))
+        self._since = self._clock()
