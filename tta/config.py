@@ -299,13 +299,13 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
 
 
 def _explain(where: str, error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if not name:
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    name, message = ".".join(str(part) for part in error["loc"]), error["msg"].removeprefix("Value error, ")
+    if not name or error["type"] == "value_error":
+        return f"{where}: {name + ': ' if name else ''}{message}"
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, known_keys(), n=1, cutoff=0.5)
         return f"{where}: unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
-    return f"{where}: {name} = {error.get('input')!r}: {error['msg']}"
+    return f"{where}: {name} = {error.get('input')!r}: {message}"
 
 
 def known_keys() -> list[str]:

@@ -171,16 +171,19 @@ class Servers:
             wanted: false once the daemon is to stop.
 
         Raises:
-            ConfigError: one did not start; the message says why.
+            ConfigError: one did not start; the message says why. Where others are adopted they go on, and it is
+                tried again.
         """
         spare = n_gpus() - len(self.links)
         if spare > 0 and self._config.device != "cpu":
             self._log.warning("gpus_idle", n=spare, do="name an endpoint for each GPU in server.endpoint")
         left = [link for i, link in enumerate(self.links) if Path(self._ipc(server_name(i))[6:]).exists()]
         self._await_hello(left, ADOPT_S, wanted)
+        adopted = False
         for number, link in enumerate(self.links):
             if link.hello and self._is_ours(link.hello, number):
                 link.process.adopt(link.hello["pid"])
+                adopted = True
                 continue
             if link.hello:
                 self._replace(link)
@@ -190,6 +193,9 @@ class Servers:
             if not link.process.ready:
                 reason = self._run_folder / f"{server_name(number)}.error"
                 why = reason.read_text() if reason.exists() else f"exit status {link.process.exit_status}"
+                if adopted:
+                    self._log.error("server_failed", name=link.process.name, error=why)
+                    continue
                 for each in self.links:
                     each.process.stop(1.0)
                 raise ConfigError(f"the server did not start: {why}")
