@@ -227,7 +227,7 @@ def draw(result: Json, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.4), layout="constrained")
     sides = [SHAPES[m][0] for m in SIZES]
     bottom = np.zeros(len(sides))
     for role, colour in (("frontend", "#1f6f4a"), ("libzmq", "#d9a441"), ("inference", "#9a9a9a")):
@@ -250,7 +250,7 @@ def draw(result: Json, path: Path) -> None:
             )
     axes[3].axhline(5, color="black", linewidth=0.8, linestyle=":")
     axes[3].set(xlabel="blocks watched, from the last", ylabel="more CPU than without taps, %")
-    axes[3].legend(frameon=False, fontsize=6)
+    axes[3].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

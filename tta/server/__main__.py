@@ -35,6 +35,7 @@ from tta.server.predictor import Predictor, resolve_precision
 OBSERVATION_BYTES = 256 << 20  # memory of batches queued for the daemon
 BUILDER_NICE = 10
 ID_STRIDE = 10**14  # between two servers' ids: three years of microseconds; 16 servers fit a double
+SWITCH_S = 0.0005  # Python's 5 ms would be how long the frontend waits for a builder that is busy in Python
 SHIP_S = 1.0  # seconds between two shipments of counters
 
 
@@ -275,6 +276,7 @@ class Server:
 def main() -> int:
     """Run one server; the exit status says how it ended."""
     options = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ServerOptions)
+    sys.setswitchinterval(SWITCH_S)
     logger = log.setup(f"server{options.number or ''}")
     server = Server(options, logger)
     try:
