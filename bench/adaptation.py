@@ -38,6 +38,7 @@ from tta.daemon.operation import race_settings
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 CORE = ("gaussian_noise", "contrast", "defocus_blur", "jpeg_compression", "population", "flip", "spurious")
+ONCE = ("spurious",)  # one draw of the labels
 LABELS = (16, 64, 256, 1000)
 BLOCKS = ("block1", "block2", "block3", "head")
 PAPER = ("all", "all-rates", "l1", "first-to-last", "last-to-first", "auto-rgn", "auto-snr")
@@ -103,23 +104,27 @@ def run_cell(name: str, n_labels: int, method: str, seed: int) -> Json:
 
 
 def wanted(n_seeds: int) -> list[tuple[str, int, str, int]]:
-    """Every cell, the most telling first."""
+    """Every cell, the most telling first; `ONCE` and the ablations have one draw of the labels."""
     first = ("source", "batch-norm", "race", "all", "block1", "head", "all-rates", "block2", "block3")
-    rest = [m for m in METHODS if m not in first]
+    rest = [m for m in PAPER if m not in first]
     others = [c for c in CORRUPTIONS if c not in CORE]
+    drawn = [c for c in CORE if c not in ONCE]
 
-    def core(methods: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int, str, int]]:
-        every = itertools.product(seeds, methods, (64, 256), CORE)
+    def core(
+        methods: Sequence[str], seeds: Sequence[int], shifts: Sequence[str]
+    ) -> list[tuple[str, int, str, int]]:
+        every = itertools.product(seeds, methods, (64, 256), shifts)
         return [(shift, n, method, seed) for seed, method, n, shift in every]
 
     return [
-        *core(first, [0]),
+        *core(first, [0], CORE),
         *((shift, 256, m, 0) for m in ("source", "batch-norm", "race", "all", "block1") for shift in others),
         *((shift, 16, m, 0) for m in ("race", "all", "block1") for shift in CORE),
-        *core(rest, [0]),
-        *core(first, range(1, n_seeds)),
+        *core(rest, [0], CORE),
+        *core(first, range(1, n_seeds), drawn),
+        *core(rest, range(1, n_seeds), drawn),
         *((shift, 1000, m, 0) for m in ("race", "all", "block1") for shift in CORE),
-        *core(rest, range(1, n_seeds)),
+        *core(ABLATIONS, [0], CORE),
     ]
 
 

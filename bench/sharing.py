@@ -26,6 +26,7 @@ from bench.serving.models import SHAPES
 from bench.serving.servers import serving
 from bench.stamp import stamp
 from tta import protocol
+from tta.client import Client
 from tta.scenario.load import Load, Wire, drive
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,6 +36,7 @@ N_CLIENTS = 3
 N_CONNECTIONS = 200
 WINDOW_S, WARMUP_S = 3.0, 1.0
 A_VISIT = 8  # requests of one that vanishes
+N_UNREAD = 30_000  # answers of some 300 bytes: more than a queue of 1,000 and the kernel's buffers hold
 FOURTH = {
     "alone": "nobody",
     "like": "one like them",
@@ -50,9 +52,9 @@ Json = dict[str, Any]
 def disturb(kind: str, endpoint: str, model: str, rate: float) -> None:
     """Be the fourth client until killed."""
     x = np.random.default_rng(1).integers(0, 256, (1, *SHAPES[model]), np.uint8)
-    print("ready", flush=True)
     if kind in ("deaf", "vanishing"):
         _send_only(kind, endpoint, x, rate)
+    print("ready", flush=True)
     endpoints = [endpoint] * (N_CONNECTIONS if kind == "crowd" else 1)
     load = Load(rate=rate * (10 if kind == "tenfold" else 1), duration_s=1e6, warmup_s=0.0)
     drive(Wire(endpoints, [x], load), [1], load)
@@ -60,8 +62,18 @@ def disturb(kind: str, endpoint: str, model: str, rate: float) -> None:
 
 def _send_only(kind: str, endpoint: str, x: Any, rate: float) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    payload, number, start = x.tobytes(), 0, time.monotonic()
+    payload, number = x.tobytes(), 0
     socket = None
+    if kind == "deaf":  # until neither its own buffers nor the server's take another answer
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.RCVHWM, 1)
+        socket.connect(endpoint)
+        for i in range(N_UNREAD):
+            socket.send_multipart(protocol.encode(protocol.Metadata(id=i)))
+        with Client(endpoint) as other:  # the server reads in turn: it has answered the others before
+            other.predict(x)
+    print("ready", flush=True)
+    start = time.monotonic()
     while True:
         if socket is None or (kind == "vanishing" and number % A_VISIT == 0):
             if socket is not None:
@@ -87,6 +99,8 @@ def beside(kind: str, endpoint: str, model: str, rate: float) -> Iterator[None]:
         process.stdout.readline()
         try:
             yield
+            if process.poll() is not None:
+                raise RuntimeError(f"the client {kind!r} ended: nothing was measured")
         finally:
             process.kill()
 

@@ -5,9 +5,12 @@ import signal
 import urllib.request
 from collections.abc import Callable
 
+import pytest
+
 from tests.traffic import Traffic, status
 from tests.waiting import until
 from tta.client import Client
+from tta.daemon.processes import is_alive
 from tta.packaging.digits import corrupt, digits
 from tta.scenario import DaemonProcess
 
@@ -81,6 +84,29 @@ def test_servers_left_by_a_daemon_are_adopted_together(start_daemon: Callable[..
     assert alone == [0, 0]
     assert set(pids) == {"server", "server1"}
     assert after == pids
+
+
+@pytest.mark.parametrize("kept", [[0], [1], [1, 0]])
+def test_other_endpoints_leave_no_server_behind(
+    start_daemon: Callable[..., DaemonProcess], kept: list[int]
+) -> None:
+    """After kill -9 of the daemon and a start with one endpoint less, or another order, no old server is left."""
+    daemon = start_daemon(n_servers=2)
+    before = {p["pid"] for name, p in status(daemon)["processes"].items() if name.startswith("server")}
+    assert daemon.process is not None
+    daemon.process.kill()
+    daemon.process.wait()
+    old = daemon.endpoint
+    daemon.endpoint = ",".join(old.split(",")[i] for i in kept)
+    daemon.argv = [arg.replace(old, daemon.endpoint) for arg in daemon.argv]
+
+    daemon.start()
+    after = {p["pid"] for name, p in status(daemon)["processes"].items() if name.startswith("server")}
+
+    assert versions_served(daemon) == [0] * len(kept)
+    assert len(after) == len(kept)
+    assert not any(is_alive(pid) for pid in before - after)
+    assert (before & after != set()) == (kept == [0])
 
 
 def test_prediction_ids_of_two_servers_never_meet(start_daemon: Callable[..., DaemonProcess]) -> None:

@@ -62,7 +62,9 @@ class ServerConfig(Section):
     )
     drain_s: float = Field(10.0, ge=0, description="seconds to finish admitted requests at shutdown")
     gpu_memory_bytes: int | None = Field(
-        None, ge=1 << 20, description="GPU memory of one version; two live during a swap; null: no limit"
+        None,
+        ge=1 << 20,
+        description="GPU memory of one version; two live in the server, up to five in the shadow; null: no limit",
     )
 
     @property
@@ -161,7 +163,7 @@ class AdaptConfig(Section):
     threads: int = Field(1, ge=1, le=256, description="threads of the adapter")
     nice: int = Field(10, ge=0, le=19, description="niceness of adapter and shadow")
     share: float = Field(
-        1.0, gt=0, le=1, description="of the time that the adapter may compute, for a GPU knows no niceness"
+        1.0, ge=0.05, le=1, description="of the time that the adapter may compute, for a GPU knows no niceness"
     )
     budget_s: float = Field(600.0, gt=0, description="seconds an adaptation may take")
     memory_bytes: int = Field(

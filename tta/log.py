@@ -28,7 +28,7 @@ def setup(process: str) -> structlog.typing.FilteringBoundLogger:
     """Configure logging for this process; called once, by its entry point.
 
     Args:
-        process: name that each line carries ("daemon", "server", "shadow", "adapter").
+        process: name that each line carries ("daemon", "server", "server1", "shadow", "adapter").
 
     Returns:
         The process's logger: `log.info("event", field=value)`.

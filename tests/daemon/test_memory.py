@@ -59,6 +59,29 @@ def test_the_ledger_tells_forgotten_from_never_made() -> None:
     assert ledger.why_missing(7) == "unknown"
 
 
+def test_the_ledger_counts_each_server_by_itself() -> None:
+    """What one server is ahead of, and what it has forgotten, does not depend on another with far larger ids."""
+    ledger = Ledger(1, 3600.0)  # forgets all but nothing of what it was told
+    first, second = ID, ID + 10**14
+    assert ledger.is_ahead(first)
+    for epoch in (first, second):
+        for i in range(3):
+            ledger.add(replace(entry(i), prediction_id=epoch + i), epoch)
+
+    assert [ledger.is_ahead(i) for i in (first + 2, first + 3, second + 2, second + 3)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert [ledger.why_missing(i) for i in (first + 2, first + 3, second, ID - 5)] == [
+        "expired",
+        "unknown",
+        "expired",
+        "expired",
+    ]
+
+
 def test_a_label_never_changes_sides(tmp_path: Path) -> None:
     """Fit and gate share no label, about in the configured proportion, and the split survives a restart."""
     buffer = LabelBuffer(tmp_path / "l.sqlite", 5000, 0.6, (4, 4, 3))

@@ -219,9 +219,10 @@ def test_a_size_long_not_measured_is_tried_again() -> None:
 
     assert known.batch_size(7, 62.0) == 1
     assert known.batch_size(8, 62.0) == 8
-    for _ in range(50):
-        known.observe(8, 4.0, 62.0)
-    assert known.batch_size(8, 62.0) == 8
+    known.observe(8, 4.0, 62.0)  # what is so old counts no more
+    assert known.batch_size(8, 63.0) == 8
+    known.observe(8, 9.0, 63.0)  # one slow batch among others does
+    assert known.batch_size(8, 64.0) == 8
 
 
 def test_a_queue_is_cut_where_batches_get_no_faster() -> None:
@@ -253,3 +254,21 @@ def test_a_batch_is_filled_up_only_where_it_hardly_makes_it_longer(seconds: tupl
 
     assert {(b"a", 0), (b"b", 0)} <= set(batch)
     assert len(batch) == taken
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 8])
+def test_requests_of_several_images_fill_batches_too(images: int) -> None:
+    """On a device where large batches pay, they are formed of requests of any size, for minutes."""
+    known = ComputeTime(32)
+    for n in (1, 32):
+        known.observe(n, 1.0 + 0.02 * n, 0.0)
+    sizes, now = [], 0.0
+    while now < 300.0:
+        full = known.batch_size(128, now)
+        taken = max(images, full // images * images)
+        known.tried(full, now)
+        now += 1.0 + 0.02 * taken
+        known.observe(taken, 1.0 + 0.02 * taken, now)
+        sizes.append(taken)
+
+    assert np.mean(sizes) > 24

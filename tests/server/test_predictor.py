@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from tta.bundle import Bundle, check_delta
-from tta.devices import device_of
+from tta.devices import device_of, n_gpus
 from tta.errors import BundleError, DeltaError, DeviceError
 from tta.server.predictor import Predictor
 
@@ -169,14 +169,20 @@ def test_a_batch_does_not_change_the_one_before(bundle: Bundle, stream: tuple) -
     assert np.array_equal(first.features, kept[1])
 
 
-def test_servers_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_take_the_gpus_in_turn() -> None:
     """With two GPUs three servers run on first, second and first; without one on what was asked for."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    with_two = [device_of(kind, number) for kind in ("auto", "cpu") for number in range(3)]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [device_of("auto", number, 2) for number in range(3)] == ["auto:0", "auto:1", "auto:0"]
+    assert [device_of(kind, 1, 2) for kind in ("cuda", "cpu")] == ["cuda:1", "cpu"]
+    assert [device_of(kind, 1, 0) for kind in ("auto", "cuda", "cpu")] == ["auto", "cuda", "cpu"]
 
-    assert with_two == ["auto:0", "auto:1", "auto:0", "cpu", "cpu", "cpu"]
-    assert [device_of(kind, 1) for kind in ("auto", "cuda", "cpu")] == ["auto", "cuda", "cpu"]
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_variable_makes_no_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_VISIBLE_DEVICES set on a machine without a GPU leaves device: auto on the CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+
+    assert n_gpus() == 0
+    assert Predictor(bundle, "auto").device == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,8 +3,6 @@
 import time
 from collections.abc import Callable
 
-LONGEST_S = 10.0  # of work between two pauses; what is longer was waiting for something to do
-
 
 class Pace:
     """Pauses after each step, so that at most `share` of the time is worked.
@@ -29,11 +27,14 @@ class Pace:
         self._sleep = sleep
         self._since = clock()
 
+    def begin(self) -> None:
+        """Work begins: what was before was waiting for it."""
+        self._since = self._clock()
+
     def step(self, *_: object) -> None:
         """After a step of the optimiser; whatever it is called with is of no interest."""
         if self.share >= 1:
             return
         self._finish()
-        worked_s = min(self._clock() - self._since, LONGEST_S)
-        self._sleep(worked_s * (1 / self.share - 1))
+        self._sleep((self._clock() - self._since) * (1 / self.share - 1))
         self._since = self._clock()

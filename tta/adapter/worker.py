@@ -188,6 +188,7 @@ def main() -> int:
     while True:
         command = msgspec.msgpack.decode(socket.recv())
         job = command["id"]
+        pace.begin()
         try:
             reply = surgeon.operate(
                 Path(command["folder"]),

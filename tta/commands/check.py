@@ -37,7 +37,8 @@ def check(
     importable = source_is_importable(loaded.manifest.source)
     start = time.perf_counter()
     precision = resolve_precision(c.precision, c.device)
-    predictor = Predictor(loaded, c.device, c.server.threads, c.server.max_batch_size, precision)
+    limits = (c.server.threads, c.server.max_batch_size, precision, c.server.gpu_memory_bytes)
+    predictor = Predictor(loaded, c.device, *limits)
     predictor.activate(predictor.prepare())
     warm_s = time.perf_counter() - start
     x, y = loaded.anchor["x"], loaded.anchor["y"]

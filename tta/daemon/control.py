@@ -78,7 +78,7 @@ class Control:
         except TTAError:
             return False
         return isinstance(request, protocol.Label) and any(
-            i > self.ledger.last_id for i in request.prediction_ids[:MAX_LABELS]
+            map(self.ledger.is_ahead, request.prediction_ids[:MAX_LABELS])
         )
 
     def _answer(self, request: protocol.ControlRequest, frames: list[bytes]) -> Reply:

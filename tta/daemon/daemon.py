@@ -25,7 +25,7 @@ from tta.daemon.http import HttpServer
 from tta.daemon.labels import LabelBuffer
 from tta.daemon.ledger import Entry, Ledger
 from tta.daemon.library import Library
-from tta.daemon.links import AdapterLink, Outputs, ShadowLink
+from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink
 from tta.daemon.metrics import WORKERS, Metrics
 from tta.daemon.operation import Operation
 from tta.daemon.processes import Logger, Process, runtime_folder
@@ -222,11 +222,10 @@ class Daemon:
         self.servers = Servers(
             self.context, c, self.run_folder, self.bundle.sha256, self._version_folder, self.log
         )
-        for socket in self.servers.sockets:
-            self._poller.register(socket, zmq.POLLIN)
-        shadow = Process(
-            "shadow", lambda: ["-m", "tta.shadow", bundle, workers, c.device, c.precision, nice, pid], self.log
-        )
+        for link in self.servers.links:
+            self._poller.register(link.socket, zmq.POLLIN)
+        model = (c.device, c.precision, str(c.server.gpu_memory_bytes or ""))
+        shadow = Process("shadow", lambda: ["-m", "tta.shadow", bundle, workers, *model, nice, pid], self.log)
         adapter = Process(
             "adapter",
             lambda: ["-m", "tta.adapter.worker", bundle, workers, c.device, nice, pid, *pace],
@@ -259,9 +258,9 @@ class Daemon:
             self._drain(self._observations, self._observe)
             if self._workers in ready:
                 self._drain(self._workers, self._hear_worker)
-            for socket in self.servers.sockets:
-                if socket in ready:
-                    self._drain(socket, partial(self._hear_server, socket))
+            for link in self.servers.links:
+                if link.socket in ready:
+                    self._drain(link.socket, partial(self._hear_server, link))
             if self._control in ready:
                 self._drain(self._control, self._obey)
             if self._early:
@@ -309,7 +308,8 @@ class Daemon:
         self.treatment.sequence += seen.n
         for i in range(seen.n):
             image = x[i] if x is not None else None
-            self.ledger.add(Entry(seen.first_id + i, first + i, seen.version, logits[i], features[i], image, now))
+            entry = Entry(seen.first_id + i, first + i, seen.version, logits[i], features[i], image, now)
+            self.ledger.add(entry, seen.epoch)
         sequences = range(first, first + seen.n)
         if seen.version == SOURCE:
             self._watch(sequences, features, logits, sources)
@@ -361,8 +361,8 @@ class Daemon:
 
         self.shadow.ask([(SOURCE, None)], x, then)
 
-    def _hear_server(self, socket: "zmq.Socket[bytes]", frames: list[bytes]) -> None:
-        self.servers.handle(socket, msgspec.msgpack.decode(frames[0]), time.monotonic())
+    def _hear_server(self, link: ServerLink, frames: list[bytes]) -> None:
+        link.handle(msgspec.msgpack.decode(frames[0]), time.monotonic())
 
     def _hear_worker(self, frames: list[bytes]) -> None:
         header = msgspec.msgpack.decode(frames[1])
@@ -426,7 +426,7 @@ class Daemon:
         """A process that is silent for too long is killed; it is then found dead and started again."""
         limit = self.config.daemon.worker_timeout_s
         for process, seconds, allowed in (
-            *((link.process, link.silent_s(now), limit) for link in self.servers.links),
+            *self.servers.silent(now, limit),
             (self.shadow.process, self.shadow.oldest_s(now), limit),
             (self.adapter.process, self.adapter.busy_s(now), self.config.adapt.budget_s + limit),
         ):
@@ -489,12 +489,13 @@ class Daemon:
             self.treatment.save_watch()
         if hasattr(self, "calibrations"):
             self.calibrations.close()
-        for process in reversed(getattr(self, "processes", ())):
+        for process in getattr(self, "processes", ()):
             process.keep = False
-            if process in (self.shadow.process, self.adapter.process):
-                process.stop(1.0)
-            elif stop_server:
-                process.stop(self.config.server.drain_s + 2)
+        if hasattr(self, "adapter"):
+            self.adapter.process.stop(1.0)
+            self.shadow.process.stop(1.0)
+            if stop_server:
+                self.servers.stop()
         if hasattr(self, "http"):
             self.http.close()
         if hasattr(self, "labels"):

@@ -47,15 +47,15 @@ class Ledger:
         self.max_bytes = max_bytes
         self.max_age_s = max_age_s
         self.n_bytes = 0
-        self.last_id = 0
+        self._newest: dict[int, int] = {}  # id by epoch: a server process counts up from its epoch
         self._entries: OrderedDict[int, Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, entry: Entry) -> None:
-        """Remember a prediction and forget what is too old or too much."""
-        self.last_id = max(self.last_id, entry.prediction_id)
+    def add(self, entry: Entry, epoch: int = 0) -> None:
+        """Remember a prediction of the server process of this epoch, and forget what is too old or too much."""
+        self._newest[epoch] = max(self._newest.get(epoch, 0), entry.prediction_id)
         self._entries[entry.prediction_id] = entry
         self.n_bytes += entry.n_bytes
         while self._entries and (
@@ -69,7 +69,12 @@ class Ledger:
 
     def why_missing(self, prediction_id: int) -> str:
         """Say "expired" for a prediction that was, or may have been, forgotten; "unknown" for one never made."""
-        return "expired" if 1e15 < prediction_id <= self.last_id else "unknown"
+        return "expired" if prediction_id > 1e15 and not self.is_ahead(prediction_id) else "unknown"
+
+    def is_ahead(self, prediction_id: int) -> bool:
+        """Whether no such prediction of its server process was observed yet; also if nothing was at all."""
+        epoch = max((e for e in self._newest if e <= prediction_id), default=None)
+        return prediction_id > self._newest[epoch] if epoch is not None else not self._newest
 
     def since(self, sequence: int, limit: int) -> list[Entry]:
         """The newest entries from `sequence` on, at most `limit`, oldest first."""

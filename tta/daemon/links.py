@@ -1,7 +1,7 @@
 """What the daemon says to the other processes, and what it does with their answers.
 
 Every request carries a callback; nothing here waits. A request to a process that dies is sent again to its
-successor once (shadow), until answered (swap), or reported as failed (adapter).
+successor once (shadow, swap) or reported as failed (adapter).
 """
 
 import time
@@ -132,13 +132,19 @@ class ShadowLink:
 
 
 class ServerLink:
-    """Swaps and health of one server."""
+    """Swaps and health of one server.
+
+    Attributes:
+        socket: to be polled; see `listen`.
+        hello: what it has said of itself; empty until then.
+        last_seen: monotonic seconds of its last message; 0 before the first.
+    """
 
     def __init__(self, process: Process, socket: "zmq.Socket[bytes]") -> None:
         self.process = process
+        self.socket = socket
         self.hello: dict[str, Any] = {}
         self.last_seen = 0.0
-        self._socket = socket
         self._swap: tuple[dict[str, Any], Callable[[dict[str, Any]], None]] | None = None
         self._again = False
         self._attempts = 0
@@ -148,10 +154,6 @@ class ServerLink:
     def swapping(self) -> bool:
         """Whether a swap is under way."""
         return self._swap is not None
-
-    def silent_s(self, now: float) -> float:
-        """Seconds since it was heard; 0 while it is not expected to answer."""
-        return now - self.last_seen if self.process.ready and self.last_seen else 0.0
 
     def say_hello(self) -> None:
         """Ask whether it is there; the answer arrives in `handle`. Also repeats a swap it had no time for."""
@@ -196,6 +198,15 @@ class ServerLink:
             then, self._swap = self._swap[1], None
             then(reply)
 
+    def listen(self, timeout_s: float) -> None:
+        """Take the messages that are there or come within so long."""
+        while self.socket.poll(int(1000 * timeout_s)):
+            self.handle(msgspec.msgpack.decode(self.socket.recv()), time.monotonic())
+
+    def close(self) -> None:
+        """Hear nothing more."""
+        self.socket.close()
+
     def give_up(self) -> None:
         """Wait no longer for a swap: whoever asked gets {"gone": True}."""
         if self._swap is not None:
@@ -212,7 +223,7 @@ class ServerLink:
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
-            self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
+            self.socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
         except zmq.Again:  # not connected: the next hello finds out
             return
 

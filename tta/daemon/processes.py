@@ -50,7 +50,7 @@ class Process:
     """One supervised process.
 
     Args:
-        name: "server", "shadow" or "adapter".
+        name: in logs, status and metrics.
         argv: makes the arguments for `python`, anew at each start.
         detached: give it a session of its own, so that it outlives us.
         keep: restart it when it ends.
@@ -124,6 +124,16 @@ class Process:
         self._failures += 1
         self._retry_at = time.monotonic() + delay
         return True
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was started or adopted; 0 while there is none."""
+        return time.monotonic() - self._started if self.pid is not None else 0.0
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting; `stop` has to follow."""
+        if self.pid is not None:
+            _signal(self.pid, signal.SIGTERM)
 
     def stop(self, timeout_s: float, signum: int = signal.SIGTERM) -> None:
         """End it, waiting up to `timeout_s` before killing it."""

@@ -6,14 +6,14 @@ told again (`Treatment.reconcile`).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
 
-from tta.config import Config
+from tta.config import MAX_SERVERS, Config
 from tta.daemon.links import ServerLink
 from tta.daemon.processes import Logger, Process, is_alive
 from tta.devices import device_of, n_gpus
@@ -58,18 +58,18 @@ class Servers:
         self._bundle_sha256 = bundle_sha256
         self._version_folder = version_folder
         self._log = log
-        self.links: list[ServerLink] = []
-        self.sockets: list[zmq.Socket[bytes]] = []  # to be polled; see `handle`
-        for number, _ in enumerate(config.server.endpoints):
-            socket = context.socket(zmq.DEALER)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.connect(self._ipc(server_name(number)))
-            process = Process(server_name(number), self._argv(number), log, detached=True)
-            self.sockets.append(socket)
-            self.links.append(ServerLink(process, socket))
+        self._context = context
+        self.links = [self._link(number) for number, _ in enumerate(config.server.endpoints)]
 
-    def _ipc(self, name: str) -> str:
-        return f"ipc://{self._run_folder / name}.ipc"
+    def _link(self, number: int) -> ServerLink:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(f"ipc://{self._path(number)}")
+        return ServerLink(Process(server_name(number), self._argv(number), self._log, detached=True), socket)
+
+    def _path(self, number: int) -> Path:
+        """Of its admin socket."""
+        return self._run_folder / f"{server_name(number)}.ipc"
 
     # -- as one ---------------------------------------------------------------------------------------------
 
@@ -94,8 +94,12 @@ class Servers:
 
         A server that is down is not waited for: it starts with what the daemon then believes to be served.
         """
+        self._ask([link for link in self.links if link.process.ready] or self.links, version, folder, then)
+
+    def _ask(
+        self, asked: list[ServerLink], version: int, folder: Path | None, then: Callable[[Reply], None]
+    ) -> None:
         replies: list[Reply] = []
-        asked = [link for link in self.links if link.process.ready] or self.links
 
         def collect(reply: Reply) -> None:
             replies.append(reply)
@@ -127,16 +131,41 @@ class Servers:
             if link.swapping and not link.process.ready and self.ready and now - link.last_seen > LIVE_S:
                 link.give_up()
 
-    def handle(self, socket: "zmq.Socket[bytes]", reply: Reply, now: float) -> None:
-        """Take a server's message."""
-        self.links[self.sockets.index(socket)].handle(reply, now)
+    def silent(self, now: float, limit_s: float) -> Iterator[tuple[Process, float, float]]:
+        """Each process, for how many seconds it has been silent, and how many it may: more before it is ready."""
+        for link in self.links:
+            process = link.process
+            if process.ready and link.last_seen:
+                yield process, now - link.last_seen, limit_s
+            else:
+                yield process, process.age_s, max(START_S, limit_s)
 
     def differing(self, version: int) -> int | None:
         """A version that one of them serves instead; None if there is none."""
-        for link in self.links:
-            if link.hello and link.process.ready and link.hello["version"] != version:
-                return int(link.hello["version"])
-        return None
+        return next((int(k.hello["version"]) for k in self._differing(version)), None)
+
+    def _differing(self, version: int) -> list[ServerLink]:
+        return [k for k in self.links if k.process.ready and k.hello and k.hello["version"] != version]
+
+    def bring_to(self, version: int, folder: Path | None, then: Callable[[Reply], None]) -> None:
+        """Have those that serve another version serve this one; see `swap`.
+
+        One that refuses while others serve it starts again: its word is not taken for what all should serve.
+        """
+        differing = self._differing(version)
+
+        def told(reply: Reply) -> None:
+            left = self._differing(version)
+            if "error" in reply and len(left) < len(self.links):
+                for link in left:
+                    self._log.error(
+                        "server_refused", name=link.process.name, version=version, error=reply["error"]
+                    )
+                    link.process.kill()
+            else:
+                then(reply)
+
+        self._ask(differing, version, folder, told)
 
     # -- start ------------------------------------------------------------------------------------------------
 
@@ -147,10 +176,10 @@ class Servers:
         return ServerOptions(
             bundle=str(config.bundle.resolve()),
             version_folder=str(folder.resolve()) if folder else None,
-            admin=self._ipc(server_name(number)),
-            observe=self._ipc("observe"),
+            admin=f"ipc://{self._path(number)}",
+            observe=f"ipc://{self._run_folder / 'observe.ipc'}",
             number=number,
-            device=device_of(config.device, number),
+            device=device_of(config.device, number, n_gpus()),
             precision=config.precision,
             **settings,
         )
@@ -167,6 +196,8 @@ class Servers:
     def start_or_adopt(self, wanted: Callable[[], bool]) -> None:
         """Take over servers that outlived another daemon if they are those we would start; else start them.
 
+        All others of the same state folder finish and go first: they may hold an endpoint.
+
         Args:
             wanted: false once the daemon is to stop.
 
@@ -177,28 +208,29 @@ class Servers:
         spare = n_gpus() - len(self.links)
         if spare > 0 and self._config.device != "cpu":
             self._log.warning("gpus_idle", n=spare, do="name an endpoint for each GPU in server.endpoint")
-        left = [link for i, link in enumerate(self.links) if Path(self._ipc(server_name(i))[6:]).exists()]
-        self._await_hello(left, ADOPT_S, wanted)
-        adopted = False
-        for number, link in enumerate(self.links):
-            if link.hello and self._is_ours(link.hello, number):
+        left = [number for number, _ in enumerate(self.links) if self._path(number).exists()]
+        self._await_hello([self.links[number] for number in left], ADOPT_S, wanted)
+        ours = [link for number, link in enumerate(self.links) if self._is_ours(link.hello, number)]
+        strangers = self._strangers(wanted)
+        self._retire([*(link for link in self.links if link.hello and link not in ours), *strangers], wanted)
+        for stranger in strangers:
+            stranger.close()
+        for link in self.links:
+            if link in ours:
                 link.process.adopt(link.hello["pid"])
-                adopted = True
-                continue
-            if link.hello:
-                self._replace(link)
-            link.process.start()
+            else:
+                link.process.start()
         self._await_hello(self.links, START_S, wanted)
         for number, link in enumerate(self.links):
-            if not link.process.ready:
-                reason = self._run_folder / f"{server_name(number)}.error"
-                why = reason.read_text() if reason.exists() else f"exit status {link.process.exit_status}"
-                if adopted:
-                    self._log.error("server_failed", name=link.process.name, error=why)
-                    continue
+            if link.process.ready:
+                continue
+            reason = self._run_folder / f"{server_name(number)}.error"
+            why = reason.read_text() if reason.exists() else f"exit status {link.process.exit_status}"
+            if not ours:
                 for each in self.links:
                     each.process.stop(1.0)
                 raise ConfigError(f"the server did not start: {why}")
+            self._log.error("server_failed", name=link.process.name, error=why)
 
     def _is_ours(self, hello: Reply, number: int) -> bool:
         """Whether a running server is the one we would start; one of another release never is."""
@@ -209,25 +241,48 @@ class Servers:
         same = theirs.same_service(self.options(number))
         return bool(hello["bundle_sha256"] == self._bundle_sha256 and same)
 
-    def _replace(self, link: ServerLink) -> None:
-        """Let a server that is not ours finish and go."""
-        self._log.info("server_replaced", pid=link.hello["pid"])
-        link.drain()
+    def _strangers(self, wanted: Callable[[], bool]) -> list[ServerLink]:
+        """Servers of endpoints that are no longer configured."""
+        found = []
+        for number in range(len(self.links), MAX_SERVERS):
+            if self._path(number).exists():
+                found.append(self._link(number))
+        self._await_hello(found, ADOPT_S, wanted)
+        for link in found:
+            if not link.hello:
+                link.close()
+        return [link for link in found if link.hello]
+
+    def _retire(self, links: list[ServerLink], wanted: Callable[[], bool]) -> None:
+        """Let servers that are not ours finish and go."""
+        for link in links:
+            self._log.info("server_replaced", pid=link.hello["pid"])
+            link.drain()
         end = time.monotonic() + self._config.server.drain_s + 2
-        while time.monotonic() < end and is_alive(link.hello["pid"]):
+        while any(is_alive(k.hello["pid"]) for k in links) and time.monotonic() < end and wanted():
             time.sleep(POLL_S)
-        link.hello = {}
+        for link in links:
+            link.listen(0.0)  # what it has said before it went
+            link.hello = {}
 
     def _await_hello(self, links: list[ServerLink], timeout_s: float, wanted: Callable[[], bool]) -> None:
+        """Until all have answered or ended; who has answered is asked on, so that none seems silent meanwhile."""
         end = time.monotonic() + timeout_s
         asked = 0.0
         silent = list(links)
         while silent and time.monotonic() < end and wanted():
             if time.monotonic() - asked > 0.5:
                 asked = time.monotonic()
-                for link in silent:
+                for link in links:
                     link.say_hello()
-            for socket in self.sockets:
-                while socket.poll(int(1000 * POLL_S / len(self.sockets))):
-                    self.handle(socket, msgspec.msgpack.decode(socket.recv()), time.monotonic())
+            for link in links:
+                link.listen(POLL_S / len(links))
             silent = [k for k in silent if not k.hello and (k.process.pid is None or k.process.alive)]
+
+    def stop(self) -> None:
+        """Let all finish what they have admitted, at the same time."""
+        for link in self.links:
+            link.process.terminate()
+        end = time.monotonic() + self._config.server.drain_s + 2
+        for link in self.links:
+            link.process.stop(max(0.0, end - time.monotonic()))

@@ -884,7 +884,7 @@ class Treatment:
         except NotFoundError as error:
             then({"error": str(error)})
             return
-        self.servers.swap(self.case.serving, folder, then)
+        self.servers.bring_to(self.case.serving, folder, then)
 
     def begin_anew(self, version: int, reason: str) -> None:
         """The operator has put a version into service: stable from here, in the regime it was made for."""

@@ -166,8 +166,8 @@ def _fold(model: Any, named: set[str]) -> None:
 def _pool(graph: onnx.GraphProto) -> None:
     """Write means over height and width as GlobalAveragePool.
 
-    ReduceMean has no blocked layout: each tap would cost a reordering of the whole activation, and taps are to
-    cost 5 % at most (`bench/results/limits.md`).
+    ReduceMean has no blocked layout: each tap would cost a reordering of the whole activation
+    (`bench/results/limits.md` has what taps cost).
     """
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     for node in graph.node:

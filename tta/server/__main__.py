@@ -34,7 +34,7 @@ from tta.server.predictor import Predictor, resolve_precision
 
 OBSERVATION_BYTES = 256 << 20  # memory of batches queued for the daemon
 BUILDER_NICE = 10
-ID_STRIDE = 10**14  # between two servers' ids: three years of microseconds; 16 servers fit a double
+ID_STRIDE = 10**14  # between two servers' ids: three years of microseconds; those of 16 servers fit a double
 SWITCH_S = 0.0005  # Python's 5 ms would be how long the frontend waits for a builder that is busy in Python
 SHIP_S = 1.0  # seconds between two shipments of counters
 
@@ -251,10 +251,12 @@ class Server:
             if self.options.threads == 1 and sys.platform == "linux":
                 # On Linux a thread's own. With more threads the new session's pool would inherit it for good.
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(BUILDER_NICE, os.nice(0)))
-            previous = self.predictor.previous
-            if previous is not None and previous.version == command["version"]:
-                session = previous
+            known = [s for s in (self.predictor.current, self.predictor.previous) if s is not None]
+            same = [s for s in known if s.version == command["version"]]
+            if same:
+                session = same[0]
             else:
+                self.predictor.release()  # two versions live at a time, not three
                 folder = command.get("folder")
                 session = self.predictor.prepare(Path(folder) if folder else None)
             reply["prepare_s"] = time.monotonic() - start

@@ -74,30 +74,37 @@ class ComputeTime:
         self._seconds: dict[int, float] = {}  # by bucket: the size's bit length
         self._each_s: dict[int, float] = {}  # an image
         self._measured: dict[int, float] = {}  # when, monotonic seconds
+        self._tried: dict[int, float] = {}
 
     def observe(self, n_images: int, seconds: float, now: float) -> None:
         """Learn at `now` how long a batch took."""
         bucket = (n_images - 1).bit_length()
+        stale = now - self._measured.get(bucket, now) >= REMEASURE_S
         for averages, value in ((self._seconds, seconds), (self._each_s, seconds / n_images)):
             known = averages.setdefault(bucket, value)
-            averages[bucket] = known + SMOOTHING * (value - known)
+            averages[bucket] = value if stale else known + SMOOTHING * (value - known)
         self._measured[bucket] = now
 
     def batch_size(self, queued: int, now: float) -> int:
         """Images to compute together while so many are queued: the least that are computed `FAST_ENOUGH`.
 
-        A size that was not measured for `REMEASURE_S` is tried when as many are queued.
+        A size that was neither measured nor tried for `REMEASURE_S` is next when as many are queued; see `tried`.
         """
         largest = (self.max_batch_size - 1).bit_length()
         if largest not in self._each_s:
             return self.max_batch_size
         for bucket in range(largest + 1):
             size = min(1 << bucket, self.max_batch_size)
-            if queued >= size and now - self._measured.get(bucket, -REMEASURE_S) >= REMEASURE_S:
+            last = max(self._measured.get(bucket, -REMEASURE_S), self._tried.get(bucket, -REMEASURE_S))
+            if queued >= size and now - last >= REMEASURE_S:
                 return size
         fastest_s = min(self._each_s.values())
         enough = min(b for b, each_s in self._each_s.items() if each_s * FAST_ENOUGH <= fastest_s)
         return min(1 << enough, self.max_batch_size)
+
+    def tried(self, size: int, now: float) -> None:
+        """A batch of at most `size` was made; requests of several images may have kept it from being so large."""
+        self._tried[(size - 1).bit_length()] = now
 
     def of(self, n_images: int) -> float:
         """Expected seconds for so many images in full batches and a rest; 0 while nothing is known."""
@@ -307,6 +314,8 @@ class Batcher:
                         if request.identity not in self._clients or (longest_s < float("inf") and not ahead):
                             longest_s = STRETCH * self.compute_time.of(size)
                 heapq.heappop(self._heap)
+            if batch:
+                self.compute_time.tried(full, now)
             self._busy_until = now + self.compute_time.of(size)
             return batch, dropped
 

@@ -28,7 +28,7 @@ from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, Serv
 from tta.server.repeats import Repeats
 
 POLL_MS = 100  # how late a signal is noticed
-BACKLOG_S = 0.002  # between two readings while more than a batch is queued anyway
+BACKLOG_S = 0.002  # between two readings while a batch or more is queued anyway
 # pyzmq's send_multipart costs 11 us for three frames, these 2; receiving 7 and 5 (measured).
 _SEND, _RECEIVE, _GET = zmq.backend.Socket.send, zmq.backend.Socket.recv, zmq.backend.Socket.get
 _NOBLOCK = int(zmq.NOBLOCK)

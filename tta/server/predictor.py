@@ -42,6 +42,8 @@ class Session:
 
     version: int
     run: ort.InferenceSession
+    logits: Array  # of the largest batch; smaller ones use its first rows
+    features: Array
     bound: dict[int, Bound] = field(default_factory=dict)  # by batch size
 
 
@@ -202,23 +204,23 @@ class Predictor:
         bound = session.bound.get(len(x)) or self._bind(session, len(x))
         bound.io.bind_cpu_input("x", np.ascontiguousarray(x))  # anew each time: on CUDA it is copied at once
         session.run.run_with_iobinding(bound.io)
+        bound.io.clear_binding_inputs()  # else it keeps the client's message
         # Copies, since whoever answers the clients may still read them during the next batch.
         return Prediction(session.version, bound.logits[:n].copy(), bound.features[:n].copy())
 
     def _bind(self, session: Session, n: int) -> Bound:
-        manifest = self.bundle.manifest
         io = session.run.io_binding()
-        outputs = []
-        for name, width in (("logits", manifest.n_classes), ("features", manifest.n_features)):
-            outputs.append(np.empty((n, width), np.float32))
-            io.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(outputs[-1]))
-        return session.bound.setdefault(n, Bound(io, *outputs))
+        logits, features = session.logits[:n], session.features[:n]
+        for name, output in (("logits", logits), ("features", features)):
+            io.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(output))
+        return session.bound.setdefault(n, Bound(io, logits, features))
 
     def build(self, version: int, delta: Mapping[str, Array]) -> Session:
         """Build a session of the source's weights with those of `delta` in their place, and warm it.
 
         Raises:
-            BundleError: the graph cannot be loaded.
+            BundleError: the graph cannot be loaded, or computes nothing.
+            DeltaError: half precision cannot hold a weight.
             DeviceError: onnxruntime fell back to the CPU.
         """
         options = ort.SessionOptions()
@@ -231,8 +233,12 @@ class Predictor:
         names, values = [], []
         for name, array in {**self.bundle.weights, **delta}.items():
             if np.issubdtype(array.dtype, np.floating):
+                with np.errstate(over="ignore"):
+                    given = np.ascontiguousarray(array, dtype)
+                if dtype is not None and not np.isfinite(given).all():
+                    raise DeltaError(f"{name!r} holds values beyond half precision: set precision: fp32")
                 names.append(name)
-                values.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype)))
+                values.append(ort.OrtValue.ortvalue_from_numpy(given))
         options.add_external_initializers(names, values)
         try:
             run = ort.InferenceSession(self._graph, options, providers=self._providers())
@@ -243,11 +249,18 @@ class Predictor:
                 "onnxruntime fell back to the CPU: its CUDA or cuDNN libraries are missing "
                 "(pip install 'onnxruntime-gpu[cuda,cudnn]'), or set device: cpu"
             )
-        session = Session(version, run)
+        manifest = self.bundle.manifest
+        logits, features = (
+            np.empty((self.buckets[-1], width), np.float32) for width in (manifest.n_classes, manifest.n_features)
+        )
+        session = Session(version, run, logits, features)
         # The CPU's first full batch takes a tenth longer if it was not warmed, but warming it costs as much as
         # building the session, beside the one that serves.
         for size in self.buckets if self.on_gpu else [1]:
-            self.run_with(session, np.zeros((size, *self.bundle.manifest.image_shape), np.uint8))
+            try:
+                self.run_with(session, np.zeros((size, *manifest.image_shape), np.uint8))
+            except Exception as error:  # such as no memory left
+                raise BundleError(f"{self.bundle.path} cannot compute {size} images: {error}") from error
         return session
 
     def _providers(self) -> list[Any]:

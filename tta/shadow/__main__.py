@@ -1,4 +1,4 @@
-"""`python -m tta.shadow BUNDLE WORKERS DEVICE PRECISION NICE PARENT`: run any version on images the daemon sends.
+"""`python -m tta.shadow BUNDLE WORKERS DEVICE PRECISION MEMORY NICE PARENT`: run versions on the daemon's images.
 
 The charts always see the source model's features through it, and the gate judges the very session that would
 serve. One thread, one request at a time: `{op:"run", id, versions:[[number, folder]...], shape}` + images gives
@@ -27,9 +27,9 @@ BATCH = 32
 class Shadow:
     """Sessions of several versions, the least recently used dropped first; the source always stays."""
 
-    def __init__(self, bundle: str, device: str, precision: str) -> None:
+    def __init__(self, bundle: str, device: str, precision: str, gpu_memory_bytes: int | None) -> None:
         served = resolve_precision(precision, device)
-        self.predictor = Predictor(load_bundle(bundle), device, 1, BATCH, served)
+        self.predictor = Predictor(load_bundle(bundle), device, 1, BATCH, served, gpu_memory_bytes)
         self.source = self.predictor.prepare()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
 
@@ -63,7 +63,7 @@ class Shadow:
 
 def main() -> int:
     """Serve the daemon until it goes away."""
-    bundle, workers, device, precision, nice, parent = sys.argv[1:7]
+    bundle, workers, device, precision, memory, nice, parent = sys.argv[1:8]
     become_worker(int(nice), int(parent))
     logger = log.setup("shadow")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -71,7 +71,7 @@ def main() -> int:
     socket.setsockopt(zmq.IDENTITY, b"shadow")
     socket.connect(workers)
     try:
-        shadow = Shadow(bundle, device, precision)
+        shadow = Shadow(bundle, device, precision, int(memory) if memory else None)
     except TTAError as error:
         logger.error("shadow_failed", error=str(error))
         return 2
