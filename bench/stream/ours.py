@@ -119,6 +119,9 @@ class Server:
     def release(self) -> None:
         """Nothing to drop here."""
 
+    def stop(self) -> None:
+        """Nothing runs by itself."""
+
 
 class Adapter:
     """Makes candidates."""
