@@ -2,8 +2,8 @@
 
     TTA_DATA=... python -m bench.ask [--seeds 2]
 
-From 1,000 predictions of the source model on a shifted stream, n are labelled: chosen at random, the most uncertain,
-at random from each predicted class in turn, or as `tta ask` does. The first block is tuned from re-estimated
+From 1,000 predictions of the source model on a shifted stream, n are labelled: chosen at random, the most uncertain, of
+each predicted class in turn the most uncertain, or as `tta ask` does, of each predicted class in turn at random. The first block is tuned from re-estimated
 normalisation on them and on the unlabelled window, and with the labels alone. Accuracy is on 2,000 other images.
 Writes `results/ask.{json,md}`.
 """
@@ -48,9 +48,9 @@ def uncertain(logits: Array, rng: np.random.Generator) -> Array:
     return np.argsort((p * p.clamp_min(1e-12).log()).sum(1).numpy(), kind="stable")
 
 
-def balanced(logits: Array, rng: np.random.Generator) -> Array:
-    """At random from each predicted class in turn."""
-    order = rng.permutation(len(logits))
+def uncertain_in_turn(logits: Array, rng: np.random.Generator) -> Array:
+    """The most uncertain of each predicted class in turn."""
+    order = uncertain(logits, rng)
     place, seen = np.zeros(len(order), int), np.zeros(logits.shape[1], int)
     for i in order:
         k = logits[i].argmax()
@@ -59,11 +59,17 @@ def balanced(logits: Array, rng: np.random.Generator) -> Array:
 
 
 def ask(logits: Array, rng: np.random.Generator) -> Array:
-    """As the daemon asks."""
-    return np.array([q.row for q in rank(logits)])
+    """As the daemon asks, of predictions in any order."""
+    order = rng.permutation(len(logits))
+    return order[[q.row for q in rank(logits[order])]]
 
 
-CHOOSERS: dict[str, Chooser] = {"random": at_random, "uncertain": uncertain, "balanced": balanced, "ask": ask}
+CHOOSERS: dict[str, Chooser] = {
+    "random": at_random,
+    "uncertain": uncertain,
+    "uncertain in turn": uncertain_in_turn,
+    "ask": ask,
+}
 
 
 def measure(shift: Shift, n_seeds: int) -> list[dict[str, Any]]:

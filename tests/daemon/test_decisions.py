@@ -115,13 +115,17 @@ def test_every_state_and_event_is_reachable() -> None:
     assert {e for _, e in TABLE} == set(Event)
 
 
-def test_labels_are_asked_for_across_classes_the_unsure_first() -> None:
-    """Of predictions of three classes the first three asked for are one of each, the least sure of it."""
-    logits = np.array([[9, 0, 0], [2, 1, 0], [5, 0, 0], [0, 8, 0], [0, 2, 1], [0, 0, 7]], np.float32)
+def test_labels_are_asked_for_across_classes_the_sure_as_often_as_the_unsure() -> None:
+    """Any first n asked for spread evenly over the predicted classes, and are as uncertain as the rest."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(3000, 3)) * rng.uniform(0.1, 5, (3000, 1))).astype(np.float32)
 
     asked = rank(logits)
 
-    assert sorted(q.row for q in asked) == [0, 1, 2, 3, 4, 5]
-    assert {q.row for q in asked[:3]} == {1, 4, 5}
-    assert [q.row for q in asked[3:]] == [3, 2, 0] or [q.row for q in asked[3:]] == [2, 3, 0]
+    assert sorted(q.row for q in asked) == list(range(3000))
+    for n in (3, 30, 300):
+        assert np.ptp(np.bincount([q.predicted for q in asked[:n]], minlength=3)) == 0
+    first, rest = (np.mean([q.uncertainty for q in part]) for part in (asked[:600], asked[600:]))
+    assert abs(first - rest) < 0.05
     assert all(0 <= q.uncertainty <= 1 for q in asked)
+    assert rank(logits) == asked

@@ -20,7 +20,7 @@ def ask(
     timeout_s: Timeout = 10.0,
     as_json: Json = False,
 ) -> None:
-    """List recent predictions whose labels would help most: uncertain, spread over classes, since the shift."""
+    """List recent predictions whose labels would help most: since the shift, spread over the predicted classes."""
     with Client(ENDPOINT, control, timeout_s) as client:
         predictions = client.call(Ask(n=n))["predictions"]
         classes = client.call(Metadata())["classes"]

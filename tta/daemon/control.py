@@ -185,7 +185,7 @@ class Control:
             self.metrics.labels.labels(outcome).inc()
 
     def _ask(self, n: int) -> list[Reply]:
-        """Recent unlabelled predictions most worth a label: uncertain ones, spread over the predicted classes."""
+        """Recent unlabelled predictions most worth a label: spread over the predicted classes."""
         if n < 1:
             raise InputError(f"n = {n}: ask for at least one")
         treatment = self.treatment
