@@ -29,7 +29,8 @@ def rank(logits: Array) -> list[Question]:
 
     Not the uncertain ones first: where the window is used beside the labels they teach no more than random ones
     (`bench/ask.py`: -0.3 points on corruptions), under a shift of the labels' meaning far less (-43 at 16 labels,
-    -15 at 64), and the error rate of the hardest images is not the model's, by which drift and candidates are judged.
+    -15 at 64); and the error rate of the hardest images, by which drift and candidates would be judged, is not that
+    of the model.
 
     Args:
         logits: (N, K) of predictions without a label.
