@@ -27,10 +27,10 @@ class Question:
 def rank(logits: Array) -> list[Question]:
     """Order predictions, the most useful label first: of each predicted class in turn, at random.
 
-    Not the uncertain ones first: where the window is used beside the labels they teach no more than random ones
-    (`bench/ask.py`: -0.3 points on corruptions), under a shift of the labels' meaning far less (-43 at 16 labels,
-    -15 at 64); and the error rate of the hardest images, by which drift and candidates would be judged, is not that
-    of the model.
+    Not the uncertain ones first. Where the window is used beside the labels they teach no more than random ones
+    (`bench/ask.py`: -0.3 points on corruptions), and under a shift of the labels' meaning far less (-43 at 16
+    labels, -15 at 64). And the error rate of the hardest images, by which drift and candidates would be judged, is
+    not that of the model.
 
     Args:
         logits: (N, K) of predictions without a label.
