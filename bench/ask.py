@@ -3,9 +3,9 @@
     TTA_DATA=... python -m bench.ask [--seeds 2]
 
 From 1,000 predictions of the source model on a shifted stream, n are labelled: chosen at random, the most uncertain, of
-each predicted class in turn the most uncertain, or as `tta ask` does, of each predicted class in turn at random. The first block is tuned from re-estimated
-normalisation on them and on the unlabelled window, and with the labels alone. Accuracy is on 2,000 other images.
-Writes `results/ask.{json,md}`.
+each predicted class in turn the most uncertain, or as `tta ask` does, of each predicted class in turn at random. The
+block that suits the shift is tuned from re-estimated normalisation on them and on the unlabelled window, and with the
+labels alone. Accuracy is on 2,000 other images. Writes `results/ask.{json,md}`.
 """
 
 import argparse

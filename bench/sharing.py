@@ -25,6 +25,7 @@ import zmq
 from bench.serving.models import SHAPES
 from bench.serving.servers import serving
 from bench.stamp import stamp
+from bench.swap import ratio
 from tta import protocol
 from tta.client import Client
 from tta.scenario.load import Load, Wire, drive
@@ -62,12 +63,8 @@ def disturb(kind: str, endpoint: str, model: str, rate: float) -> None:
 
 def _send_only(kind: str, endpoint: str, x: Any, rate: float) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    payload, number = x.tobytes(), 0
-    socket = None
+    payload, number, socket = x.tobytes(), 0, _dealer(context, endpoint)
     if kind == "deaf":  # until neither its own buffers nor the server's take another answer
-        socket = context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.RCVHWM, 1)
-        socket.connect(endpoint)
         for i in range(N_UNREAD):
             socket.send_multipart(protocol.encode(protocol.Metadata(id=i)))
         with Client(endpoint) as other:  # the server reads in turn: it has answered the others before
@@ -75,16 +72,21 @@ def _send_only(kind: str, endpoint: str, x: Any, rate: float) -> None:
     print("ready", flush=True)
     start = time.monotonic()
     while True:
-        if socket is None or (kind == "vanishing" and number % A_VISIT == 0):
-            if socket is not None:
-                socket.close(linger=0)
-            socket = context.socket(zmq.DEALER)
-            socket.setsockopt(zmq.RCVHWM, 1)
-            socket.connect(endpoint)
+        if kind == "vanishing" and number % A_VISIT == 0:
+            socket.close(linger=0)
+            socket = _dealer(context, endpoint)
         request = protocol.Predict(id=number, dtype="uint8", shape=list(x.shape), observe=False)
         socket.send_multipart([*protocol.encode(request), payload])
         number += 1
         time.sleep(max(0.0, start + number / rate - time.monotonic()))
+
+
+def _dealer(context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str) -> "zmq.Socket[bytes]":
+    """A client's socket that takes in one answer at most."""
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RCVHWM, 1)
+    socket.connect(endpoint)
+    return socket
 
 
 @contextmanager
@@ -132,13 +134,6 @@ def measure(model: str, rounds: int) -> Json:
     return {"capacity": round(capacity, 1), "rate": round(load.rate or 0.0, 1), "rounds": found}
 
 
-def ratio(rounds: list[Json], kind: str) -> list[float]:
-    """Median ratio of a window's p99 to that of its round's window alone, and where 95 % of bootstraps lie."""
-    ratios = np.array([r[kind]["p99"] / r["alone"]["p99"] for r in rounds])
-    medians = np.median(np.random.default_rng(0).choice(ratios, (10_000, len(ratios))), axis=1)
-    return [float(np.median(ratios)), *(float(v) for v in np.quantile(medians, (0.025, 0.975)))]
-
-
 def table(result: Json) -> list[str]:
     """What there is to say, as Markdown."""
     rounds = result["rounds"]
@@ -155,7 +150,7 @@ def table(result: Json) -> list[str]:
     ]
     for kind, title in FOURTH.items():
         p50, p99 = (1e3 * float(np.median([r[kind][q] for r in rounds])) for q in ("p50", "p99"))
-        compared = "{:.2f}× ({:.2f} to {:.2f})".format(*ratio(rounds, kind)) if kind != "alone" else "–"
+        compared = "{:.2f}× ({:.2f} to {:.2f})".format(*ratio(rounds, kind, "alone")) if kind != "alone" else "–"
         refused, unanswered = (sum(r[kind][k] for r in rounds) for k in ("refused", "unanswered"))
         lines.append(f"| {title} | {p50:.2f} | {p99:.2f} | {compared} | {refused} | {unanswered} |")
     return lines

@@ -250,9 +250,9 @@ def measure(
     }
 
 
-def ratio(rounds: list[Json], which: str) -> list[float]:
-    """Median ratio of a window's p99 to the steady one's of its round, and where 95 % of bootstraps lie."""
-    ratios = np.array([r[which]["p99"] / r["steady"]["p99"] for r in rounds])
+def ratio(rounds: list[Json], which: str, to: str = "steady") -> list[float]:
+    """Median ratio of a window's p99 to another's of its round, and where 95 % of bootstraps lie."""
+    ratios = np.array([r[which]["p99"] / r[to]["p99"] for r in rounds])
     medians = np.median(np.random.default_rng(0).choice(ratios, (10_000, len(ratios))), axis=1)
     return [float(np.median(ratios)), *(float(v) for v in np.quantile(medians, (0.025, 0.975)))]
 

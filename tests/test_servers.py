@@ -16,7 +16,7 @@ from tta.scenario import DaemonProcess
 
 
 def versions_served(daemon: DaemonProcess) -> list[int]:
-    """By each server of a daemon, asked by itself; a server that does not answer is missing."""
+    """By each server of a daemon, asked by itself."""
     x = digits("stream", 1, seed=5)[0]
     found = []
     for endpoint in daemon.endpoint.split(","):

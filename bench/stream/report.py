@@ -124,7 +124,7 @@ def tables(result: Json) -> list[str]:
         f"{N_VISIT + VISIT_VARIES} without labels, then classes in runs, all corruptions mixed, and clean images. No image",
         "whose label is known is ever shown again. Nobody is told when the corruption changes, but for those said to be:",
         "their batches are cut there, as in the papers. tta answers every image by itself with fixed weights; its settings",
-        "differ from the defaults in adapt.label_free: immediate, adapt.labels: 96 and gate.probation_s: 0.001, as nothing",
+        "differ from the defaults in adapt.label_free: immediate and adapt.labels: 96, and in that nothing",
         "here waits for seconds. All others but the source wait for batches of 200 (or 16) and normalise by them. The stream",
         "waits for whoever adapts. Mean over the seeds there are. CoTTA and BiTTA-style were stopped after 2 visits for",
         "their cost, and tta with what BiTTA-style is told as well.",

@@ -68,7 +68,7 @@ def package(
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     shape, means, stds = _preprocessing(model, source, image_size, channels, mean, std)
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:>11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=progress_console, disable=as_json) as bar:
         tasks: dict[str, Any] = {}
 

@@ -113,7 +113,7 @@ class Servers:
             slowest = {k: max(r.get(k, 0.0) for r in done) for k in ("prepare_s", "flip_s")}
             then({**done[0], **slowest})
 
-        for link in list(asked):
+        for link in asked:
             link.swap(version, folder, collect)
 
     def release(self) -> None:
@@ -169,7 +169,7 @@ class Servers:
 
     # -- start ------------------------------------------------------------------------------------------------
 
-    def options(self, number: int) -> ServerOptions:
+    def _options(self, number: int) -> ServerOptions:
         """What a server is to be started with."""
         config, folder = self._config, self._version_folder()
         settings = {**config.server.model_dump(), "endpoint": config.server.endpoints[number]}
@@ -187,7 +187,7 @@ class Servers:
     def _argv(self, number: int) -> Callable[[], list[str]]:
         def argv() -> list[str]:
             path = self._run_folder / f"{server_name(number)}.json"
-            path.write_bytes(msgspec.json.encode(self.options(number)))
+            path.write_bytes(msgspec.json.encode(self._options(number)))
             path.with_suffix(".error").unlink(missing_ok=True)
             return ["-m", "tta.server", str(path)]
 
@@ -238,15 +238,13 @@ class Servers:
             theirs = msgspec.convert(hello["options"], ServerOptions)
         except (msgspec.ValidationError, KeyError):
             return False
-        same = theirs.same_service(self.options(number))
+        same = theirs.same_service(self._options(number))
         return bool(hello["bundle_sha256"] == self._bundle_sha256 and same)
 
     def _strangers(self, wanted: Callable[[], bool]) -> list[ServerLink]:
         """Servers of endpoints that are no longer configured."""
-        found = []
-        for number in range(len(self.links), MAX_SERVERS):
-            if self._path(number).exists():
-                found.append(self._link(number))
+        numbers = range(len(self.links), MAX_SERVERS)
+        found = [self._link(number) for number in numbers if self._path(number).exists()]
         self._await_hello(found, ADOPT_S, wanted)
         for link in found:
             if not link.hello:

@@ -157,8 +157,9 @@ class Server:
             if batch:
                 start = time.monotonic()
                 try:
-                    self.frontend.finish(self._predict(batch, observations, sample))
-                    self.batcher.observe(sum(len(r.x) for r in batch), time.monotonic() - start)
+                    computed = self._predict(batch, observations, sample)
+                    self.frontend.finish(computed)
+                    self.batcher.observe(len(computed.logits), time.monotonic() - start)
                 except Exception as error:  # whatever the runtime raises, the clients get an answer
                     self.log.exception("batch_failed", error=str(error))
                     self.frontend.finish(Failed(batch, error))
@@ -251,11 +252,9 @@ class Server:
             if self.options.threads == 1 and sys.platform == "linux":
                 # On Linux a thread's own. With more threads the new session's pool would inherit it for good.
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(BUILDER_NICE, os.nice(0)))
-            known = [s for s in (self.predictor.current, self.predictor.previous) if s is not None]
-            same = [s for s in known if s.version == command["version"]]
-            if same:
-                session = same[0]
-            else:
+            live = (self.predictor.current, self.predictor.previous)
+            session = next((s for s in live if s is not None and s.version == command["version"]), None)
+            if session is None:
                 self.predictor.release()  # two versions live at a time, not three
                 folder = command.get("folder")
                 session = self.predictor.prepare(Path(folder) if folder else None)
