@@ -24,6 +24,7 @@ DEMO_SETTINGS = {
     "monitor.window": 256,
     "gate.probation_s": 1.0,
 }
+LOG_LINES = 60
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +72,8 @@ def start_daemon(bundle_path: Path, tmp_path: Path) -> Iterator[Callable[..., Da
         daemon.stop()
         if daemon.process is not None and daemon.process.poll() is None:
             daemon.process.kill()
+        log = daemon.log_path.read_text().splitlines()
+        print("the daemon's log ends with:", *log[-LOG_LINES:], sep="\n")  # pytest shows it where a test failed
 
 
 @pytest.fixture(scope="session")

@@ -596,11 +596,13 @@ class Treatment:
 
     def _recall_by_labels(self) -> None:
         """Recognise a regime by labels: one without features of its own, home, or one that labels must confirm."""
+        alike = set[int]()
         if self.case.cause == "labels":
-            alike = [r for r in self.library.regimes.values() if r.fingerprint is None or r.number == HOME]
-        else:
-            alike = self.watch.nearest_regimes(WARM_STARTS)
-        others = sorted((r for r in alike if r.version != self.case.serving), key=lambda r: -r.last_used)
+            alike |= {n for n, r in self.library.regimes.items() if r.fingerprint is None or n == HOME}
+        if self.case.cause != "labels" or self.config.library.recall == "confirm":
+            alike |= {r.number for r in self.watch.nearest_regimes(WARM_STARTS)}
+        others = [r for n, r in self.library.regimes.items() if n in alike and r.version != self.case.serving]
+        others.sort(key=lambda r: -r.last_used)
         candidates = others[:RECALL_CANDIDATES]
         limit = self.config.adapt.max_labels
         rows = [r for fit in (True, False) for r in self.labels.select(self.case.onset, fit, limit)]
