@@ -19,7 +19,7 @@ Statistic = Callable[[Array], Array]
 def ours(draw: Draw, calibration: Calibration, table: Array) -> Statistic:
     """MEWMA over all blocks and speeds, over its thresholds; as `DriftCharts`."""
     lam = np.array(LAMBDAS, np.float32)[:, None, None]
-    gain = (1 / (variances(LAMBDAS)[..., None] * calibration.thresholds)).astype(np.float32)
+    gain = (1 / (variances(LAMBDAS)[:, None] * calibration.thresholds)).astype(np.float32)[:, None]
     averages = draw.layout.averages
 
     def run(rows: Array) -> Array:
@@ -27,7 +27,7 @@ def ours(draw: Draw, calibration: Calibration, table: Array) -> Statistic:
         out = np.empty(rows.shape, np.float32)
         for t in range(rows.shape[1]):
             z += lam * (table[rows[:, t]] - z)
-            values = ((z * z) @ averages) * gain[min(t, len(gain) - 1)][:, None, :]
+            values = ((z * z) @ averages) * gain
             out[:, t] = values.max(axis=(0, 2))
         return out
 

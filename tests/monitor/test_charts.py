@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.monitor.stream import LAYOUT, make_reference, stream
+from tests.monitor.stream import LAYOUT, make_logits, make_reference, stream
 from tta.errors import InputError
 from tta.monitor.calibration import calibrate, reference_warning
 from tta.monitor.charts import CLASS_LAMBDAS, LAMBDAS, ClassHistogram, DriftCharts
@@ -23,7 +23,7 @@ def test_a_batch_gives_what_the_recursion_gives() -> None:
         z = np.zeros(LAYOUT.n_features)
         for row in w:
             z = (1 - lam) * z + lam * row
-        variance = lam / (2 - lam) * (1 - (1 - lam) ** (2 * len(w)))
+        variance = lam / (2 - lam)
         squares = [np.mean(z[columns] ** 2) for columns in LAYOUT.columns]
         expected = np.maximum(expected, np.array(squares) / variance / 1e3)
     np.testing.assert_allclose(charts.statistic, expected, rtol=1e-4)
@@ -43,7 +43,7 @@ def test_the_histogram_is_the_pearson_statistic_of_an_ewma() -> None:
         for c in classes:
             z *= 1 - lam
             z[c] += lam
-        variance = lam / (2 - lam) * (1 - (1 - lam) ** (2 * len(classes)))
+        variance = lam / (2 - lam)
         expected.append(np.sum((z - prior) ** 2 / prior) / variance / 3)
     assert charts.statistic == pytest.approx(max(expected), rel=1e-5)
 
@@ -75,6 +75,21 @@ def test_the_run_length_is_as_calibrated(arl: float) -> None:
         alarms += alarm is not None
 
     assert arl < samples / max(alarms, 1) < 6 * arl
+
+
+def test_odd_samples_raise_no_more_alarms_at_the_start_than_later() -> None:
+    """Of 1,000 charts just started on heavy tails, hardly more alarm in 8 samples than `arl` has it."""
+    rng = np.random.default_rng(3)
+    logits = make_logits(4000, rng)
+    heavy = rng.standard_t(4, (4000, LAYOUT.n_features))
+    reference = fit(heavy, logits, logits.argmax(axis=1), LAYOUT)
+    thresholds = calibrate(reference, 2000).thresholds
+
+    alarms = 0
+    for _ in range(1000):
+        rows = rng.integers(0, len(reference.w), 8)
+        alarms += DriftCharts(LAYOUT, thresholds).update(reference.w[rows]) is not None
+    assert alarms <= 10  # 4 expected; 30 in units of the variance after as many samples
 
 
 def test_sticky_traffic_needs_higher_thresholds_and_classes_in_runs_too() -> None:

@@ -191,15 +191,14 @@ def _peaks(
     class_gain = 1 / (variances(CLASS_LAMBDAS) * max(1, len(reference.prior) - 1))
     streams = np.arange(bootstrap.n_natural)
     scale = np.ones((len(CLASS_LAMBDAS), 1))  # of `shares`, so that a step touches one class only
-    for t in range(horizon):
+    for _ in range(horizon):
         index = rows[bootstrap.next()]
         np.subtract(w[index], z, out=work)
         work *= lam
         z += work
-        at = min(t, len(gain) - 1)
         np.multiply(z, z, out=work)
         np.matmul(work, averages, out=values)
-        values *= gain[at][:, None, None]
+        values *= gain[:, None, None]
         np.maximum(peaks, values, out=peaks)
         # Σ z²/π after z ← (1-λ)·z + λ·e_c.
         c = predictions[index[: bootstrap.n_natural]]
@@ -208,7 +207,7 @@ def _peaks(
         pearson = keep**2 * pearson + (2 * class_lam * keep * there + class_lam**2) * inverse[c]
         scale *= keep
         shares[:, streams, c] += class_lam / scale
-        np.maximum(class_peaks, (pearson - 1) * class_gain[at][:, None], out=class_peaks)
+        np.maximum(class_peaks, (pearson - 1) * class_gain[:, None], out=class_peaks)
     classes = np.full((n, len(CLASS_LAMBDAS)), np.nan)
     classes[: bootstrap.n_natural] = class_peaks.T
     return peaks.transpose(1, 0, 2).astype(np.float64), classes

@@ -1,7 +1,9 @@
 """Charts that watch a mean: MEWMA over whitened block features, and a histogram of predicted classes.
 
-MEWMA: z ← (1-λ)·z + λ·w follows the mean of the whitened features w; T² = ‖z‖² / (λ/(2-λ)·(1-(1-λ)^{2t})) is
-its squared length in units of its own variance. Small λ sees small shifts late, large λ large ones at once. One
+MEWMA: z ← (1-λ)·z + λ·w follows the mean of the whitened features w; T² = ‖z‖² / (λ/(2-λ)) is its squared length
+in units of the variance it settles at. (In units of its variance after t samples, smaller at first, a single odd
+sample that comes first would alarm: thresholds of slow charts are for means, whose tails are light.) Small λ sees
+small shifts late, large λ large ones at once. One
 chart a block and speed alarms when T²/r exceeds its threshold; the thresholds are calibrated jointly, so that all
 charts together give one false alarm in `arl` samples (`tta.monitor.calibration`). Samples are judged one by one,
 also inside a batch.
@@ -22,7 +24,6 @@ CLASS_LAMBDAS = (0.1, 0.03, 0.01)
 QUIET = 0.5  # of the threshold, under which nothing has begun
 CHUNK = 64  # samples a batch is cut into, so that the path matrix stays small
 TINY = 1e-100  # of a scale, before numbers run out
-SETTLED = 1024  # samples after which an EWMA's variance no longer grows
 
 Array = npt.NDArray[Any]
 
@@ -107,8 +108,8 @@ class DriftCharts:
         self._stretch = None if scale is None else (1 / np.asarray(scale)).astype(np.float32)
         self._lambdas = np.array(LAMBDAS, np.float32)[:, None]
         self._paths, self._decay = paths(LAMBDAS)
-        # (SETTLED, speeds, blocks): what turns ‖z‖²/r after t samples into the chart over its threshold.
-        self._gain = (1 / (variances(LAMBDAS)[..., None] * self.thresholds)).astype(np.float32)
+        # (speeds, blocks): what turns ‖z‖²/r into the chart over its threshold.
+        self._gain = (1 / (variances(LAMBDAS)[:, None] * self.thresholds)).astype(np.float32)
         self.reset()
 
     def reset(self) -> None:
@@ -156,7 +157,7 @@ class DriftCharts:
         z = self._z
         z += self._lambdas * (w - z)
         values = (z * z) @ self._averages
-        values *= self._gain[self.n_samples if self.n_samples < SETTLED else SETTLED - 1]
+        values *= self._gain
         self._values = values
         largest = float(values.max())
         self.n_samples += 1
@@ -174,8 +175,7 @@ class DriftCharts:
         z += self._decay[:, :n, None] * self._z[:, None]
         self._z = z[:, -1].copy()
         values = (z * z) @ self._averages
-        t = np.minimum(self.n_samples + np.arange(n), SETTLED - 1)
-        values *= self._gain[t].transpose(1, 0, 2)
+        values *= self._gain[:, None]
         self._values = values[:, -1]
         worst: Array = values.max(axis=0)
         return worst
@@ -232,7 +232,7 @@ class ClassHistogram:
         keep = (1 - self._lambdas)[..., None] ** 2
         self._sums = np.where(j <= i, keep ** np.maximum(i - j, 0), 0.0)  # how Σ z²/π adds up
         degrees = max(1, len(self.prior) - 1)
-        self._gain = 1 / (variances(CLASS_LAMBDAS) * degrees * self.thresholds)  # (SETTLED, speeds)
+        self._gain = 1 / (variances(CLASS_LAMBDAS) * degrees * self.thresholds)  # (speeds,)
         self.reset()
 
     def reset(self) -> None:
@@ -268,7 +268,6 @@ class ClassHistogram:
 
     def _step(self, c: int) -> int | None:
         """One sample."""
-        gain = self._gain[self.n_samples if self.n_samples < SETTLED else SETTLED - 1]
         inverse, largest = float(self._inverse[c]), 0.0
         for i, lam in enumerate(CLASS_LAMBDAS):
             keep = 1 - lam
@@ -276,20 +275,12 @@ class ClassHistogram:
             self._sum[i] = keep * keep * self._sum[i] + (2 * lam * keep * there + lam * lam) * inverse
             self._scale[i] *= keep
             self._z[i, c] = (keep * there + lam) / self._scale[i]
-            largest = max(largest, (self._sum[i] - 1) * float(gain[i]))
+            largest = max(largest, (self._sum[i] - 1) * float(self._gain[i]))
             if self._scale[i] < TINY:
                 self._settle()
         self.statistic = largest
         self.n_samples += 1
         return 0 if largest > 1.0 else None
-
-    def _gain_of(self, n: int) -> Array:
-        """(speeds, n) of the next n samples."""
-        if self.n_samples >= SETTLED:
-            last: Array = self._gain[-1][:, None]
-            return last
-        gain: Array = self._gain[np.minimum(self.n_samples + np.arange(n), SETTLED - 1)].T
-        return gain
 
     def _settle(self) -> None:
         """Put the scale back into z, and take the sum anew so that rounding cannot add up."""
@@ -314,7 +305,7 @@ class ClassHistogram:
         keep = 1 - self._lambdas
         gained = (2 * self._lambdas * keep * before + self._lambdas**2) * inverse  # (speeds, n)
         sums = decay**2 * np.array(self._sum)[:, None] + (self._sums[:, :n, :n] @ gained[..., None])[..., 0]
-        largest = ((sums - 1) * self._gain_of(n)).max(axis=0)
+        largest = ((sums - 1) * self._gain[:, None]).max(axis=0)
         self._z *= decay[:, -1:]
         self._z[:, present] += added[:, -1]
         self._sum = sums[:, -1].tolist()
@@ -339,10 +330,9 @@ class ClassHistogram:
 
 
 def variances(lambdas: tuple[float, ...]) -> Array:
-    """(SETTLED, speeds): variance of an EWMA of unit noise after 1, 2, ... samples."""
+    """(speeds,): variance that an EWMA of unit noise settles at."""
     lam = np.array(lambdas)
-    t = np.arange(1, SETTLED + 1)[:, None]
-    result: Array = lam / (2 - lam) * (1 - (1 - lam) ** (2 * t))
+    result: Array = lam / (2 - lam)
     return result
 
 
