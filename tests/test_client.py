@@ -24,7 +24,7 @@ def daemon(start_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
 
 def test_the_public_names() -> None:
     """`tta` exports what it says and nothing else."""
-    assert set(tta.__all__) == {"AsyncClient", "Client", "__version__", "load_bundle"}
+    assert set(tta.__all__) == {"AsyncClient", "Client", "Credentials", "__version__", "load_bundle"}
     assert all(hasattr(tta, name) for name in tta.__all__)
 
 

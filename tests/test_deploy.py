@@ -5,12 +5,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 from prometheus_client import generate_latest
 
 from tta.bundle import Bundle
 from tta.config import known_keys, load_config
 from tta.daemon.metrics import Metrics
+from tta.errors import ConfigError
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters
 
 ROOT = Path(__file__).parents[1]
@@ -120,13 +122,15 @@ def test_server_totals_survive_a_restart(bundle: Bundle) -> None:
 
 
 def test_scenario_configurations_hold_only_known_settings() -> None:
-    """Every file in configs/ loads, and scenario files hold only what differs."""
+    """Every file in configs/ loads, docker's once it is said whether keys are asked for."""
     for path in (ROOT / "configs").glob("*.yaml"):
-        load_config(path)
+        load_config(path, {"security.plaintext": "true"} if path.name == "docker.yaml" else {})
+    with pytest.raises(ConfigError, match=r"docker.yaml: daemon.control .* lets other machines in"):
+        load_config(ROOT / "configs" / "docker.yaml")
     assert "adapt.labels" in known_keys()
 
 
-def test_compose_points_at_files_that_exist() -> None:
+def test_compose_points_at_files_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """What compose mounts is in the repository, and Prometheus scrapes the daemon's port."""
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     mounts = [
@@ -137,6 +141,8 @@ def test_compose_points_at_files_that_exist() -> None:
     assert len(mounts) >= 4
     assert all((DEPLOY / m).exists() for m in mounts)
     assert prometheus["scrape_configs"][0]["static_configs"][0]["targets"] == ["tta:9100"]
+    for name, value in compose["services"]["tta"]["environment"].items():
+        monkeypatch.setenv(name, value)
     assert load_config(ROOT / "configs" / "docker.yaml").daemon.http.endswith(":9100")
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert f"AS {compose['services']['tta']['build']['target']}" in dockerfile

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "tta"
 HEAVY = {"torch", "timm", "kornia", "onnx", "onnxscript", "onnx_ir"}
 MAY_BE_HEAVY = ("adapter/", "packaging/")
 MAY_OPEN_SOCKETS = {
+    "auth.py",
     "client.py",
     "daemon/daemon.py",
     "daemon/http.py",

@@ -32,7 +32,7 @@ def places(sends: list[Send]) -> list[int]:
 
 def one(window: int | None = None, retry_s: float | None = 2.5) -> Outstanding:
     """A client of one endpoint."""
-    return Outstanding(1, "me", window, retry_s, "no answer")
+    return Outstanding(1, "me", window, retry_s, lambda: DeadlineError("no answer"))
 
 
 def add(
@@ -149,7 +149,7 @@ def test_without_retry_a_lost_connection_is_the_answer() -> None:
 
 def test_endpoints_share_the_load_and_a_silent_one_is_left_out() -> None:
     """Only endpoints that have answered get requests; one that falls silent gets none until it answers again."""
-    requests = Outstanding(3, "me", None, 2.5, "no answer")
+    requests = Outstanding(3, "me", None, 2.5, lambda: DeadlineError("no answer"))
     for i in range(6):
         add(requests, i, 1, 100.0)
     assert places(requests.advance(0.0)) == []
@@ -170,7 +170,7 @@ def test_endpoints_share_the_load_and_a_silent_one_is_left_out() -> None:
 
 def test_a_draining_server_is_left_for_another_at_once() -> None:
     """UNAVAILABLE moves the request to another endpoint without waiting."""
-    requests = Outstanding(2, "me", None, 2.5, "no answer")
+    requests = Outstanding(2, "me", None, 2.5, lambda: DeadlineError("no answer"))
     requests.advance(0.0)
     requests.receive(0, ready(), 0.0)
     requests.receive(1, ready(), 0.0)
@@ -211,7 +211,7 @@ def test_a_slow_endpoint_is_not_silent() -> None:
 
 def test_only_the_endpoint_that_has_a_request_may_refuse_it() -> None:
     """A late refusal of one it has left changes nothing; a late answer of it is an answer."""
-    requests = Outstanding(2, "me", None, 2.5, "no answer")
+    requests = Outstanding(2, "me", None, 2.5, lambda: DeadlineError("no answer"))
     requests.advance(0.0)
     requests.receive(0, ready(), 0.0)
     add(requests, 1)

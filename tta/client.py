@@ -23,7 +23,16 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from tta import protocol
-from tta.errors import ConfigError, DeadlineError, InputError, PreconditionError, TTAError, UnavailableError
+from tta.auth import Credentials
+from tta.errors import (
+    ConfigError,
+    DeadlineError,
+    InputError,
+    PreconditionError,
+    TTAError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from tta.outstanding import Answer, Outstanding, Send
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -31,6 +40,14 @@ DEFAULT_CONTROL = "tcp://127.0.0.1:5556"
 MAX_WAITING = 64  # images that a blocking client holds back before `submit` waits
 ATTEMPTS = 4  # at most, of a request without an answer, in its time
 MAX_POLL_S = 60.0  # a poll takes no infinity
+BROKEN_HANDSHAKES = 3  # in a row, after which a silent server has not just gone down in the middle of one
+CONNECTION_EVENTS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 
 Images = npt.NDArray[np.uint8]
 
@@ -129,6 +146,43 @@ def endpoints_of(endpoint: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in names]
 
 
+class _Door:
+    """Reads what the monitor of a connection tells: whether it is gone, and why it was not let in."""
+
+    def __init__(self, endpoint: str, credentials: Credentials | None) -> None:
+        self.endpoint = endpoint
+        self._has_key = credentials is not None and endpoint.startswith("tcp:")
+        self._broken = 0
+
+    @property
+    def shuts(self) -> bool:
+        """Whether connections are closed again and again before anything is said.
+
+        A wrong key may be why, but a proxy whose server is starting does the same: no reason to give up early.
+        """
+        return self._broken >= BROKEN_HANDSHAKES
+
+    def lost(self, message: list[bytes]) -> bool:
+        """Whether the connection is gone.
+
+        Raises:
+            UnauthenticatedError: it was refused, and the next would be too.
+        """
+        event = parse_monitor_message(message)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._broken = 0
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise UnauthenticatedError(
+                f"{self.endpoint} does not know this client's key: let the operator add it to the list of clients"
+            )
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            wants = "takes no keys: connect without" if self._has_key else "asks for a key: give the client one"
+            raise UnauthenticatedError(f"{self.endpoint} {wants} (credentials; --key and --server-key)")
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            self._broken += 1
+        return bool(event == zmq.EVENT_DISCONNECTED)
+
+
 class _Connections:
     """What both clients have: names, endpoints, and the requests that are not answered."""
 
@@ -139,10 +193,14 @@ class _Connections:
         timeout_s: float,
         window: int | None,
         retry: bool,
+        credentials: Credentials | None,
     ) -> None:
         self.timeout_s = timeout_s
         self._endpoints = endpoints_of(endpoint)
         self._control = control
+        self._credentials = credentials
+        self._doors = [_Door(name, credentials) for name in self._endpoints]
+        self._control_door = _Door(control, credentials)
         self._name = secrets.token_hex(8)  # under which servers know a request that comes again
         self._ids = itertools.count(1)
         self._outstanding = Outstanding(
@@ -150,7 +208,7 @@ class _Connections:
             self._name,
             window,
             timeout_s / ATTEMPTS if retry else None,
-            f"no answer from {', '.join(self._endpoints)} within {timeout_s} s: is tta serving?",
+            lambda: self._silence(self._doors),
         )
 
     def _add(self, x: Images, deadline_s: float | None, key: str | None, observe: bool) -> int:
@@ -176,8 +234,24 @@ class _Connections:
         self._outstanding.add(request, [], 0, time.monotonic() + self.timeout_s)
         return request.id
 
-    def _control_silence(self) -> DeadlineError:
-        return DeadlineError(f"no answer from {self._control} within {self.timeout_s} s: is tta serving?")
+    def _connect(self, context: Any, endpoint: str, queue: bool = False) -> Any:
+        return connect(context, endpoint, self.timeout_s, queue, self._credentials)
+
+    def _notice(self, endpoint: int, message: list[bytes]) -> None:
+        """Take what the monitor of a server's connection tells."""
+        try:
+            if self._doors[endpoint].lost(message):
+                self._outstanding.lost(endpoint, time.monotonic())
+        except UnauthenticatedError as error:
+            self._outstanding.shut_out(endpoint, error)
+
+    def _silence(self, doors: Sequence[_Door]) -> TTAError:
+        """What to say when nobody has answered."""
+        names = ", ".join(door.endpoint for door in doors)
+        if all(door.shuts for door in doors):
+            has = "is the server key right" if self._credentials is not None else "does it ask for a key"
+            return UnauthenticatedError(f"{names} closes every connection before anything is said: {has}?")
+        return DeadlineError(f"no answer from {names} within {self.timeout_s} s: is tta serving?")
 
 
 class Client(_Connections):
@@ -191,6 +265,7 @@ class Client(_Connections):
         window: images unanswered at one server at most; None: what the server grants. Further requests wait.
         retry: send a request again that was refused for overload, or whose server has been silent for a quarter
             of `timeout_s`; a server knows it by its id and computes it once.
+        credentials: where the daemon asks for keys, `tta.Credentials.read(MINE_key_secret, SERVERS_key)`.
     """
 
     def __init__(
@@ -200,12 +275,14 @@ class Client(_Connections):
         timeout_s: float = 10.0,
         window: int | None = None,
         retry: bool = True,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(endpoint, control, timeout_s, window, retry)
+        super().__init__(endpoint, control, timeout_s, window, retry, credentials)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._sockets: list[zmq.Socket[bytes]] = []
         self._monitors: list[zmq.Socket[bytes]] = []
         self._control_socket: zmq.Socket[bytes] | None = None
+        self._control_monitor: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
 
     def __enter__(self) -> "Client":
@@ -217,8 +294,9 @@ class Client(_Connections):
     def close(self) -> None:
         """Close the sockets; what was not sent is dropped. The client is of no more use."""
         if not self._context.closed:
-            for socket in self._sockets:
-                socket.disable_monitor()
+            for socket in (*self._sockets, self._control_socket):
+                if socket is not None:
+                    socket.disable_monitor()
             self._context.destroy(linger=0)
 
     def predict(
@@ -350,16 +428,23 @@ class Client(_Connections):
 
     def _exchange(self, message: list[bytes]) -> dict[str, Any]:
         """Send a control request and wait for its reply."""
-        if self._control_socket is None:
-            self._control_socket = connect(self._context, self._control, self.timeout_s, queue=True)
-        socket, request_id = self._control_socket, protocol.request_id(message)
+        if self._control_socket is None or self._control_monitor is None:
+            self._control_socket = self._connect(self._context, self._control, queue=True)
+            self._control_monitor = self._control_socket.get_monitor_socket(CONNECTION_EVENTS)
+        socket, monitor, request_id = self._control_socket, self._control_monitor, protocol.request_id(message)
+        poller = zmq.Poller()
+        for each in (socket, monitor):
+            poller.register(each, zmq.POLLIN)
         socket.send_multipart(message)
         end = time.monotonic() + self.timeout_s
-        while socket.poll(max(0, round((end - time.monotonic()) * 1000))):
-            frames = socket.recv_multipart()
-            if protocol.reply_id(frames) == request_id:
-                return _checked(frames)
-        raise self._control_silence()
+        while ready := dict(poller.poll(max(0, round((end - time.monotonic()) * 1000)))):
+            if monitor in ready:
+                self._control_door.lost(monitor.recv_multipart())
+            if socket in ready:
+                frames = socket.recv_multipart()
+                if protocol.reply_id(frames) == request_id:
+                    return _checked(frames)
+        raise self._silence([self._control_door])
 
     def _ask(self, request: protocol.Request) -> dict[str, Any]:
         return _opened(self._wait(self._add_question(request)))[0]
@@ -393,8 +478,7 @@ class Client(_Connections):
         """Hand over every reply that has arrived, waiting for the first."""
         for ready, _ in self._poller.poll(math.ceil(min(MAX_POLL_S, max(0.0, timeout_s)) * 1000)):
             if ready in self._monitors:
-                if parse_monitor_message(ready.recv_multipart())["event"] == zmq.EVENT_DISCONNECTED:
-                    self._outstanding.lost(self._monitors.index(ready), time.monotonic())
+                self._notice(self._monitors.index(ready), ready.recv_multipart())
                 continue
             endpoint = self._sockets.index(ready)
             while True:
@@ -410,18 +494,20 @@ class Client(_Connections):
         sockets = []
         try:
             for name in self._endpoints:
-                sockets.append(connect(self._context, name, self.timeout_s))
+                sockets.append(self._connect(self._context, name))
         except ConfigError:
             for socket in sockets:
                 socket.close()
             raise
         self._sockets = sockets
-        self._monitors = [s.get_monitor_socket(zmq.EVENT_DISCONNECTED) for s in sockets]
+        self._monitors = [s.get_monitor_socket(CONNECTION_EVENTS) for s in sockets]
         for socket in (*self._sockets, *self._monitors):
             self._poller.register(socket, zmq.POLLIN)
 
 
-def connect(context: Any, endpoint: str, timeout_s: float, queue: bool = False) -> Any:
+def connect(
+    context: Any, endpoint: str, timeout_s: float, queue: bool = False, credentials: Credentials | None = None
+) -> Any:
     """A DEALER; unless it may `queue`, it takes nothing to send while there is no connection.
 
     Raises:
@@ -433,6 +519,8 @@ def connect(context: Any, endpoint: str, timeout_s: float, queue: bool = False) 
     socket.setsockopt(zmq.RCVHWM, 0)  # the client asked for every answer: none is dropped on its side
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.IMMEDIATE, int(not queue))
+    if credentials is not None and endpoint.startswith("tcp:"):
+        credentials.show_on(socket)
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:
@@ -454,8 +542,9 @@ class AsyncClient(_Connections):
         timeout_s: float = 10.0,
         window: int | None = None,
         retry: bool = True,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(endpoint, control, timeout_s, window, retry)
+        super().__init__(endpoint, control, timeout_s, window, retry, credentials)
         self._context = zmq.asyncio.Context()
         self._sockets: list[Any] = []
         self._control_socket: Any = None
@@ -463,18 +552,20 @@ class AsyncClient(_Connections):
         self._predicting: dict[int | str, asyncio.Future[Answer]] = {}
         self._calling: dict[int | str, asyncio.Future[list[bytes]]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._refused: UnauthenticatedError | None = None  # why the daemon does not let us in
 
     async def __aenter__(self) -> "AsyncClient":
         try:
-            sockets = [connect(self._context, name, self.timeout_s) for name in self._endpoints]
-            self._control_socket = connect(self._context, self._control, self.timeout_s, queue=True)
+            sockets = [self._connect(self._context, name) for name in self._endpoints]
+            self._control_socket = self._connect(self._context, self._control, queue=True)
         except ConfigError:
             self._context.destroy(linger=0)
             raise
         self._sockets = sockets
-        work = [self._read_control(self._control_socket)]
+        monitor = self._control_socket.get_monitor_socket(CONNECTION_EVENTS)
+        work = [self._read_control(self._control_socket), self._watch_control(monitor)]
         for i, socket in enumerate(sockets):
-            work += [self._read(i, socket), self._watch(i, socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))]
+            work += [self._read(i, socket), self._watch(i, socket.get_monitor_socket(CONNECTION_EVENTS))]
         self._tasks = [asyncio.create_task(each) for each in work]
         return self
 
@@ -484,7 +575,7 @@ class AsyncClient(_Connections):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for socket in self._sockets:
+        for socket in (*self._sockets, self._control_socket):
             socket.disable_monitor()
         self._sockets = []
         self._context.destroy(linger=0)
@@ -590,18 +681,29 @@ class AsyncClient(_Connections):
 
     async def _watch(self, endpoint: int, monitor: Any) -> None:
         while True:
-            if parse_monitor_message(await monitor.recv_multipart())["event"] == zmq.EVENT_DISCONNECTED:
-                self._outstanding.lost(endpoint, time.monotonic())
-                self._turn()
+            self._notice(endpoint, await monitor.recv_multipart())
+            self._turn()
+
+    async def _watch_control(self, monitor: Any) -> None:
+        while True:
+            try:
+                self._control_door.lost(await monitor.recv_multipart())
+            except UnauthenticatedError as error:
+                self._refused = error
+                for future in self._calling.values():
+                    if not future.done():
+                        future.set_exception(error)
 
     async def _exchange(self, frames: list[bytes]) -> dict[str, Any]:
         self._check_open()
+        if self._refused is not None:
+            raise self._refused
         async with self._expect(protocol.request_id(frames)) as answer:
             await self._control_socket.send_multipart(frames)
             try:
                 return _checked(await asyncio.wait_for(answer, self.timeout_s))
             except TimeoutError:
-                raise self._control_silence() from None
+                raise self._silence([self._control_door]) from None
 
     @asynccontextmanager
     async def _expect(self, request_id: int | str) -> AsyncIterator["asyncio.Future[list[bytes]]"]:

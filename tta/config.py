@@ -201,6 +201,20 @@ class LibraryConfig(Section):
     )
 
 
+class SecurityConfig(Section):
+    """Who may connect over tcp."""
+
+    key: Path | None = Field(
+        None, description="the daemon's NAME.key_secret, made by tta keygen; null: no keys, this machine only"
+    )
+    clients: Path | None = Field(
+        None, description="YAML of the clients allowed, NAME: {key, roles}; read again when it changes"
+    )
+    plaintext: bool = Field(
+        False, description="take tcp from other machines without keys: anybody there can change what is served"
+    )
+
+
 class Config(BaseSettings):
     """The whole configuration; immutable."""
 
@@ -224,6 +238,24 @@ class Config(BaseSettings):
     adapt: AdaptConfig = AdaptConfig()
     gate: GateConfig = GateConfig()
     library: LibraryConfig = LibraryConfig()
+    security: SecurityConfig = SecurityConfig()
+
+    @model_validator(mode="after")
+    def _nobody_gets_in_unasked(self) -> "Config":
+        security = self.security
+        if (security.key is None) != (security.clients is None):
+            has, lacks = ("key", "clients") if security.clients is None else ("clients", "key")
+            raise ValueError(f"security.{has} is set and security.{lacks} is not: set both, or neither")
+        if security.key is None and not security.plaintext:
+            named = {"daemon.control": [self.daemon.control], "server.endpoint": self.server.endpoints}
+            for name, endpoint in ((name, e) for name, endpoints in named.items() for e in endpoints):
+                if not is_local(endpoint):
+                    raise ValueError(
+                        f"{name} = {endpoint!r} lets other machines in, and nobody is asked for a key: set "
+                        "security.key and security.clients (see tta keygen), or security.plaintext: true if "
+                        "something else keeps strangers out"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _half_precision_has_a_gpu(self) -> "Config":
@@ -262,6 +294,13 @@ class Config(BaseSettings):
         given = dict(init_settings.init_kwargs)
         file = InitSettingsSource(settings_cls, given.pop("_file", {}))
         return InitSettingsSource(settings_cls, given), env_settings, file
+
+
+def is_local(endpoint: str) -> bool:
+    """Whether only this machine reaches an endpoint."""
+    scheme, _, rest = endpoint.partition("://")
+    host = rest.rpartition(":")[0].strip("[]")
+    return scheme != "tcp" or host in ("localhost", "::1") or host.startswith("127.")
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

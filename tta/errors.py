@@ -12,6 +12,8 @@
     |- DeadlineError                DEADLINE_EXCEEDED    client: the answer would have come too late
     |- CancelledError               CANCELLED            client: it asked for this
     |- UnavailableError             UNAVAILABLE          client: draining, or a process is restarting
+    |- UnauthenticatedError         UNAUTHENTICATED      client: its key, or the daemon's, is not the right one
+    |- DeniedError                  PERMISSION_DENIED    client: its key may not do this
     |- DeltaError                   INTERNAL             operator: a version that must not be served
     `- AdaptationError              -  (event, metric)   nobody: serving goes on with the present version
 
@@ -110,6 +112,18 @@ class UnavailableError(TTAError):
     code = Code.UNAVAILABLE
 
 
+class UnauthenticatedError(TTAError):
+    """The connection was refused: one side asks for a key that the other does not have."""
+
+    code = Code.UNAUTHENTICATED
+
+
+class DeniedError(TTAError):
+    """The client's key is known, but may not do this."""
+
+    code = Code.PERMISSION_DENIED
+
+
 class DeltaError(TTAError):
     """A version's delta does not verify and must not be served."""
 
@@ -126,6 +140,8 @@ _BY_CODE: dict[int, type[TTAError]] = {
     Code.RESOURCE_EXHAUSTED: OverloadedError,
     Code.FAILED_PRECONDITION: PreconditionError,
     Code.UNAVAILABLE: UnavailableError,
+    Code.UNAUTHENTICATED: UnauthenticatedError,
+    Code.PERMISSION_DENIED: DeniedError,
 }
 
 

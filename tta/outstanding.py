@@ -15,7 +15,7 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class _Endpoint:
     probe_at: float = 0.0
     connects_at: float = 0.0  # without a connection: when to try again
     unsent_s: float = UNSENT_S
+    shut: TTAError | None = None  # why it does not let us in
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Outstanding:
         client: name under which servers know requests that come again.
         window: images unanswered at one endpoint at most; None: what the server grants.
         retry_s: seconds of silence after which a request goes again; None: nothing is sent twice.
-        silence: what to say of a request that was given up.
+        silence: makes the error of a request that was given up.
 
     Attributes:
         finished: the answers nobody has taken yet, in order of arrival.
@@ -84,7 +85,12 @@ class Outstanding:
     """
 
     def __init__(
-        self, n_endpoints: int, client: str, window: int | None, retry_s: float | None, silence: str
+        self,
+        n_endpoints: int,
+        client: str,
+        window: int | None,
+        retry_s: float | None,
+        silence: Callable[[], TTAError],
     ) -> None:
         self.finished: dict[RequestId, Answer] = {}
         self.waiting_images = 0
@@ -100,6 +106,7 @@ class Outstanding:
         self._again: list[_Request] = []  # to be sent to the endpoint where they are
         self._cancels: list[Send] = []  # of requests that have left an endpoint
         self._alarms: list[tuple[float, int, _Request]] = []  # when a request is due or given up
+        self._all_shut: TTAError | None = None  # what to say when no endpoint lets us in
         self._count = itertools.count()
         self._random = random.Random()
 
@@ -128,12 +135,15 @@ class Outstanding:
 
     def advance(self, now: float) -> list[Send]:
         """What is to be sent now. Requests whose time is up move to `finished`."""
+        if self._all_shut is not None:
+            for entry in list(self._requests.values()):
+                self._finish(entry, self._all_shut)
         while self._alarms and self._alarms[0][0] <= now:
             entry = heapq.heappop(self._alarms)[2]
             if not self._is_alive(entry):
                 continue
             if entry.expires <= now:
-                self._finish(entry, entry.refused or DeadlineError(self._silence))
+                self._finish(entry, entry.refused or self._silence())
             elif entry.due <= now and not entry.queued:
                 self._is_due(entry, now)
         sends = self._cancels
@@ -186,7 +196,8 @@ class Outstanding:
         """
         header, tensors = protocol.decode_reply(frames)
         place, request_id, code = self._endpoints[endpoint], header.get("id", 0), header.get("code", 0)
-        place.heard, place.connects_at, place.unsent_s = now, 0.0, UNSENT_S
+        place.heard, place.connects_at, place.unsent_s, place.shut = now, 0.0, UNSENT_S, None
+        self._all_shut = None
         if request_id == PROBE_ID:
             place.usable = bool(header.get("ready"))
             return
@@ -215,6 +226,12 @@ class Outstanding:
                 self._finish(entry, UnavailableError("the connection was lost before an answer came"))
             else:
                 self._later(entry, now + LOST_S)
+
+    def shut_out(self, endpoint: int, error: TTAError) -> None:
+        """An endpoint does not let us in. When none does, all that is asked is answered so."""
+        self._endpoints[endpoint].shut = error
+        if all(e.shut is not None for e in self._endpoints):
+            self._all_shut = error
 
     def cancel(self, request_id: RequestId) -> Send | None:
         """What to send so that a request is dropped; one that is nowhere else is finished here."""

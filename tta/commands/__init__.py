@@ -2,11 +2,13 @@
 
 import sys
 from importlib.metadata import version as distribution_version
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tta.commands import ask, bench, check, demo, label, operate, package, predict, serve, status, versions
+from tta.commands import ask, bench, check, demo, keygen, label, operate, package, predict, serve, status, versions
+from tta.commands.output import use_keys
 from tta.errors import TTAError
 
 app = typer.Typer(
@@ -14,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (demo, package, check, serve, predict, label, ask, status, versions, operate, bench):
+for module in (demo, package, check, serve, predict, label, ask, status, versions, operate, bench, keygen):
     module.register(app)
 
 
@@ -29,8 +31,15 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    key: Annotated[
+        Path | None, typer.Option(envvar="TTA_KEY", help="Your NAME.key_secret, where the daemon asks for keys.")
+    ] = None,
+    server_key: Annotated[
+        str | None, typer.Option(envvar="TTA_SERVER_KEY", help="The daemon's NAME.key, or the key itself.")
+    ] = None,
 ) -> None:
     """Serve a vision classifier, watch for shift, operate on one block, prove it, hot-swap it."""
+    use_keys(key, server_key)
 
 
 def main() -> None:

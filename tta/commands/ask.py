@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tta.client import Client
-from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, print_json, print_table
+from tta.commands.output import CONTROL, ControlEndpoint, Json, Timeout, connect, print_json, print_table
 from tta.protocol import Ask, Metadata
 
 
@@ -21,7 +20,7 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """List recent predictions whose labels would help most: since the shift, spread over the predicted classes."""
-    with Client(ENDPOINT, control, timeout_s) as client:
+    with connect(control, timeout_s=timeout_s) as client:
         predictions = client.call(Ask(n=n))["predictions"]
         classes = client.call(Metadata())["classes"]
     if as_json:

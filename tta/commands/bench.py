@@ -5,14 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from tta.client import Client, endpoints_of
+from tta.client import endpoints_of
 from tta.commands.output import (
-    CONTROL,
     ENDPOINT,
     Endpoint,
     Json,
     Timeout,
+    connect,
     console,
+    credentials,
     print_json,
     print_table,
     progress_console,
@@ -51,7 +52,7 @@ def bench(
 
     from tta.scenario.load import Load, Measured, Wire, drive
 
-    with Client(endpoint, CONTROL, timeout_s) as client:
+    with connect(endpoint=endpoint, timeout_s=timeout_s) as client:
         about = client.metadata()
     batches = _batches(images, about, batch)
     load = Load(rate, outstanding, duration_s, warmup_s, timeout_s, deadline_s, observe)
@@ -63,7 +64,7 @@ def bench(
             speed = f"{measured.images / measured.seconds:8.0f} images/s" if measured.seconds else "warming up"
             bar.update(task, completed=done, description=speed)
 
-        wire = Wire(endpoints_of(endpoint), batches, load)
+        wire = Wire(endpoints_of(endpoint), batches, load, credentials())
         report = drive(wire, [len(b) for b in batches], load, tell).report()
     report = {"endpoint": endpoint, "model": about["name"], **_asked(load, batch), **report}
     if as_json:

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tta.client import Client
-from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, print_json
+from tta.commands.output import CONTROL, ControlEndpoint, Json, Timeout, connect, print_json
 from tta.errors import InputError
 from tta.protocol import Metadata
 
@@ -34,7 +33,7 @@ def label(
             raise InputError(f"{csv} cannot be read: {error}") from error
     if not lines:
         raise InputError("nothing to send: give PREDICTION_ID=CLASS or --csv FILE")
-    with Client(ENDPOINT, control, timeout_s) as client:
+    with connect(control, timeout_s=timeout_s) as client:
         classes = client.call(Metadata())["classes"]
         ids, labels, judged_ids, judgements = [], [], [], []
         for line in lines:

@@ -4,8 +4,7 @@ from typing import Any
 
 import typer
 
-from tta.client import Client
-from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, print_json
+from tta.commands.output import CONTROL, ControlEndpoint, Json, Timeout, connect, print_json
 from tta.protocol import Accept, Adapt, Approve, Pause, Request, Resume
 
 
@@ -44,7 +43,7 @@ def accept(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_jso
 
 
 def _send(request: Request, control: str, timeout_s: float, as_json: bool, text: str) -> None:
-    with Client(ENDPOINT, control, timeout_s) as client:
+    with connect(control, timeout_s=timeout_s) as client:
         reply: dict[str, Any] = client.call(request)
     shown = {k: v for k, v in reply.items() if k not in ("v", "id", "code")}
     print_json(shown) if as_json else print(text.format(**shown))

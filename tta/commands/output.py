@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tta.client import DEFAULT_CONTROL, DEFAULT_ENDPOINT
+from tta.auth import Credentials
+from tta.client import DEFAULT_CONTROL, DEFAULT_ENDPOINT, Client
+from tta.errors import ConfigError
 
 Endpoint = Annotated[
     str, typer.Option("--endpoint", envvar="TTA_ENDPOINT", help="Where the server takes predictions.")
@@ -23,6 +26,34 @@ ENDPOINT, CONTROL = DEFAULT_ENDPOINT, DEFAULT_CONTROL
 
 console = Console()
 progress_console = Console(stderr=True)
+
+
+_given: dict[str, Path | str | None] = {}
+
+
+def use_keys(key: Path | None, server_key: str | None) -> None:
+    """Take what `--key` and `--server-key` before the command name, or their environment variables."""
+    _given.update(key=key, server_key=server_key)
+
+
+def credentials() -> Credentials | None:
+    """Of `use_keys`; None if no keys were given.
+
+    Raises:
+        ConfigError: only one of them is given, or a file holds no key.
+    """
+    key, server_key = _given.get("key"), _given.get("server_key")
+    if key is None and server_key is None:
+        return None
+    if key is None or server_key is None:
+        missing = "--key (TTA_KEY)" if key is None else "--server-key (TTA_SERVER_KEY)"
+        raise ConfigError(f"{missing} is missing: a client needs its own key and the daemon's public one")
+    return Credentials.read(key, server_key)
+
+
+def connect(control: str = CONTROL, endpoint: str = ENDPOINT, timeout_s: float = 10.0) -> Client:
+    """A client with the keys given before the command."""
+    return Client(endpoint, control, timeout_s, credentials=credentials())
 
 
 def print_json(value: Any) -> None:

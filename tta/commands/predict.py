@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tta.client import Client
-from tta.commands.output import CONTROL, ENDPOINT, Endpoint, Json, Timeout, print_json, print_table
+from tta.commands.output import ENDPOINT, Endpoint, Json, Timeout, connect, print_json, print_table
 from tta.errors import InputError
 
 BATCH = 16
@@ -32,7 +31,7 @@ def predict(
     files = [f for path in paths for f in find_images(path)]
     unreadable = 0
     rows: list[dict[str, Any]] = []
-    with Client(endpoint, CONTROL, timeout_s) as client:
+    with connect(endpoint=endpoint, timeout_s=timeout_s) as client:
         about = client.metadata()
         shape = about["inputs"][0]["shape"][1:]
         for start in range(0, len(files), BATCH):

@@ -4,8 +4,7 @@ from typing import Any
 
 import typer
 
-from tta.client import Client
-from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, console, print_json
+from tta.commands.output import CONTROL, ControlEndpoint, Json, Timeout, connect, console, print_json
 
 BAR = 20
 WIDTH = 78  # characters of an event's line
@@ -38,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 def status(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_json: Json = False) -> None:
     """Show state, version, drift by block, accuracy, labels, processes and the last events."""
-    with Client(ENDPOINT, control, timeout_s) as client:
+    with connect(control, timeout_s=timeout_s) as client:
         now = client.status()
     if as_json:
         print_json({k: v for k, v in now.items() if k not in ("v", "id", "code")})

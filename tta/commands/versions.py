@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tta.client import Client
-from tta.commands.output import CONTROL, ENDPOINT, ControlEndpoint, Json, Timeout, print_json, print_table
+from tta.commands.output import CONTROL, ControlEndpoint, Json, Timeout, connect, print_json, print_table
 from tta.protocol import Reset, Rollback
 
 
@@ -18,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def versions(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_json: Json = False) -> None:
     """List every version, what was operated on, and the gate's numbers."""
-    with Client(ENDPOINT, control, timeout_s) as client:
+    with connect(control, timeout_s=timeout_s) as client:
         found = client.versions()
     if as_json:
         print_json(found)
@@ -43,13 +42,13 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Serve an earlier version again."""
-    with Client(ENDPOINT, control, timeout_s) as client:
+    with connect(control, timeout_s=timeout_s) as client:
         now = client.call(Rollback(version=version))["version"]
     print_json({"version": now}) if as_json else print(f"serving version {now}")
 
 
 def reset(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 60.0, as_json: Json = False) -> None:
     """Serve the source model again, forget the cure it leaves, and watch from home."""
-    with Client(ENDPOINT, control, timeout_s) as client:
+    with connect(control, timeout_s=timeout_s) as client:
         now = client.call(Reset())["version"]
     print_json({"version": now}) if as_json else print(f"serving version {now}")

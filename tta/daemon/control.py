@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from tta import protocol
+from tta.auth import Clients, Role
 from tta.bundle import Manifest
 from tta.config import Config
 from tta.daemon.asking import rank
@@ -31,6 +32,17 @@ MAX_ASKED = 100_000
 RECENT = 1000  # predictions that `ask` chooses from
 
 
+def role_for(request: protocol.ControlRequest) -> Role | None:
+    """The role that a request needs; None: any. What is not named here changes something: that is for `admin`."""
+    match request:
+        case protocol.Label() | protocol.Ask():
+            return "label"
+        case protocol.Status() | protocol.Versions() | protocol.Metadata() | protocol.Ready():
+            return None
+        case _:
+            return "admin"
+
+
 @dataclass(frozen=True)
 class Control:
     """Answers control requests from the daemon's parts; knows no socket."""
@@ -47,10 +59,17 @@ class Control:
     processes: tuple[Process, ...]
     ready: Callable[[], bool]
     log: Logger
+    clients: Clients | None = None  # None: nobody is asked for a key
     asked: dict[int, None] = field(default_factory=dict)  # predictions named by `ask`, oldest first
 
-    def handle(self, frames: list[bytes], respond: Callable[[Reply], None]) -> None:
-        """Answer one request, at once or when the server has swapped; errors become codes."""
+    def handle(self, frames: list[bytes], respond: Callable[[Reply], None], key: str = "") -> None:
+        """Answer one request, at once or when the server has swapped; errors become codes.
+
+        Args:
+            frames: of the request.
+            respond: gets the reply.
+            key: that the sender has proved to hold.
+        """
         request_id = protocol.request_id(frames)
 
         def answer(reply: Reply) -> None:
@@ -61,6 +80,10 @@ class Control:
 
         try:
             request = protocol.decode_control(frames)
+            role = role_for(request)
+            client = self.clients.check(key, role) if self.clients is not None else None
+            if role == "admin":
+                self.log.info("command", what=type(request).__name__.lower(), client=client)
             if isinstance(request, protocol.Rollback | protocol.Reset):
                 self._serve(request, answer, fail)
             else:

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from tta.auth import Clients, Doorkeeper, key_of, read_key_pair
 from tta.bundle import load_bundle, source_is_importable
 from tta.config import Config
 from tta.daemon.calibrations import Calibrations
@@ -68,7 +69,8 @@ class Daemon:
         self._measure_again = 0.0  # monotonic seconds at which a failed calibration is tried again
         self._counted = (0, self._ticked)  # images observed, when
         self._started = False
-        self._early: list[tuple[float, list[bytes]]] = []  # labels ahead of their predictions: until when, frames
+        # Labels ahead of their predictions: until when, frames, sender's key.
+        self._early: list[tuple[float, list[bytes], str]] = []
 
     # -- startup ------------------------------------------------------------------------------------------
 
@@ -107,7 +109,7 @@ class Daemon:
         if warning:
             self.log.warning("reference_small", warning=warning)
         watch = Watch(self.bundle, self._first_calibration(), config.monitor, self.library)
-        self._bind()
+        self._bind(self._open_door())
         self._make_processes()
         operation = Operation(
             config,
@@ -155,6 +157,7 @@ class Daemon:
             self.processes,
             self.ready,
             self.log,
+            self._doorkeeper.clients if self._doorkeeper is not None else None,
         )
         self.http = HttpServer(config.daemon.http, self.metrics.registry, self.live, self.ready)
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -189,8 +192,17 @@ class Daemon:
         except OSError as error:
             raise ConfigError(f"state folder {self.config.state} is in use by another daemon") from error
 
-    def _bind(self) -> None:
+    def _open_door(self) -> Doorkeeper | None:
+        """Who asks clients for their keys, if anybody does."""
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        security = self.config.security
+        if security.key is None or security.clients is None:
+            if security.plaintext:
+                self.log.warning("plaintext", consequence="whoever reaches the sockets can change what is served")
+            return None
+        return Doorkeeper(self.context, read_key_pair(security.key), Clients(security.clients), self.log)
+
+    def _bind(self, doorkeeper: Doorkeeper | None) -> None:
         self._observations = self.context.socket(zmq.PULL)
         self._observations.setsockopt(zmq.RCVHWM, 1000)
         self._workers = self.context.socket(zmq.ROUTER)
@@ -198,6 +210,8 @@ class Daemon:
         self._control = self.context.socket(zmq.ROUTER)
         self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._control.setsockopt(zmq.MAXMSGSIZE, self.config.server.max_message_bytes)
+        guarded = doorkeeper is not None and doorkeeper.guard(self._control, self.config.daemon.control)
+        self._doorkeeper = doorkeeper if guarded else None
         for socket, name, address in (
             (self._observations, "observations", self._ipc("observe")),
             (self._workers, "workers", self._ipc("workers")),
@@ -211,6 +225,8 @@ class Daemon:
         self._poller = zmq.Poller()
         for socket in (self._observations, self._workers, self._control):
             self._poller.register(socket, zmq.POLLIN)
+        if self._doorkeeper is not None:
+            self._poller.register(self._doorkeeper.socket, zmq.POLLIN)
 
     def _ipc(self, name: str) -> str:
         return f"ipc://{self.run_folder / name}.ipc"
@@ -254,6 +270,8 @@ class Daemon:
         while not self.should_exit:
             ready = dict(self._poller.poll(POLL_MS))
             now = self._ticked = time.monotonic()
+            if self._doorkeeper is not None:
+                self._doorkeeper.attend()
             # Observations first: a label must find its prediction.
             self._drain(self._observations, self._observe)
             if self._workers in ready:
@@ -262,7 +280,7 @@ class Daemon:
                 if link.socket in ready:
                     self._drain(link.socket, partial(self._hear_server, link))
             if self._control in ready:
-                self._drain(self._control, self._obey)
+                self._drain(self._control, self._obey, copy=False)
             if self._early:
                 self._answer_early(now)
             if now - beat >= BEAT_S:
@@ -276,10 +294,10 @@ class Daemon:
                 self.treatment.save()
                 self.treatment.save_watch()
 
-    def _drain(self, socket: "zmq.Socket[bytes]", handle: Any) -> None:
+    def _drain(self, socket: "zmq.Socket[bytes]", handle: Any, copy: bool = True) -> None:
         for _ in range(BURST):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                frames: Any = socket.recv_multipart(zmq.NOBLOCK, copy=copy)
             except zmq.Again:
                 return
             try:
@@ -371,24 +389,25 @@ class Daemon:
         elif frames[0] == b"adapter":
             self.adapter.handle(header, time.monotonic())
 
-    def _obey(self, frames: list[bytes]) -> None:
+    def _obey(self, received: list[zmq.Frame]) -> None:
         # A label must find its prediction: the observation was sent first, but by another way.
         self._drain(self._observations, self._observe)
+        frames, key = [frame.bytes for frame in received], key_of(received[-1])
         if len(self._early) < MAX_EARLY and self.control.is_early(frames[1:]):
-            self._early.append((time.monotonic() + EARLY_S, frames))
+            self._early.append((time.monotonic() + EARLY_S, frames, key))
         else:
-            self._answer(frames)
+            self._answer(frames, key)
 
     def _answer_early(self, now: float) -> None:
         """Answer the labels whose predictions have become known, or that have waited long enough."""
         waiting, self._early = self._early, []
-        for until, frames in waiting:
+        for until, frames, key in waiting:
             if now < until and self.control.is_early(frames[1:]):
-                self._early.append((until, frames))
+                self._early.append((until, frames, key))
             else:
-                self._answer(frames)
+                self._answer(frames, key)
 
-    def _answer(self, frames: list[bytes]) -> None:
+    def _answer(self, frames: list[bytes], key: str) -> None:
         identity = frames[0]
 
         def respond(reply: Reply) -> None:
@@ -397,7 +416,7 @@ class Daemon:
             except zmq.ZMQError:  # the client has gone; what it asked for is done all the same
                 self.log.warning("reply_undeliverable", code=reply.get("code"))
 
-        self.control.handle(frames[1:], respond)
+        self.control.handle(frames[1:], respond, key)
 
     # -- supervision ------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from tta.auth import read_public_key
 from tta.config import MAX_SERVERS, Config
 from tta.daemon.links import ServerLink
 from tta.daemon.processes import Logger, Process, is_alive
@@ -172,6 +173,7 @@ class Servers:
     def _options(self, number: int) -> ServerOptions:
         """What a server is to be started with."""
         config, folder = self._config, self._version_folder()
+        key, clients = config.security.key, config.security.clients
         settings = {**config.server.model_dump(), "endpoint": config.server.endpoints[number]}
         return ServerOptions(
             bundle=str(config.bundle.resolve()),
@@ -181,6 +183,9 @@ class Servers:
             number=number,
             device=device_of(config.device, number, n_gpus()),
             precision=config.precision,
+            key=str(key.resolve()) if key else None,
+            public_key=read_public_key(key).decode() if key else "",
+            clients=str(clients.resolve()) if clients else None,
             **settings,
         )
 

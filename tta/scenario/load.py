@@ -16,6 +16,7 @@ import numpy.typing as npt
 import zmq
 
 from tta import protocol
+from tta.auth import Credentials
 from tta.client import connect
 from tta.errors import Code, ConfigError
 
@@ -261,18 +262,25 @@ class Wire:
         endpoints: servers.
         batches: (N, H, W, C) uint8 each.
         load: what its requests say: deadline, whether the monitor sees them.
+        credentials: where the daemon asks for keys.
 
     Raises:
         ConfigError: an endpoint is no address.
     """
 
-    def __init__(self, endpoints: Sequence[str], batches: Sequence[npt.NDArray[np.uint8]], load: Load) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        batches: Sequence[npt.NDArray[np.uint8]],
+        load: Load,
+        credentials: Credentials | None = None,
+    ) -> None:
         self._load = load
         self._payloads = [np.ascontiguousarray(b).tobytes() for b in batches]
         self._shapes = [list(b.shape) for b in batches]
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._sockets = [connect(self._context, e, load.timeout_s, queue=True) for e in endpoints]
+            self._sockets = [connect(self._context, e, load.timeout_s, True, credentials) for e in endpoints]
         except ConfigError:
             self.close()
             raise

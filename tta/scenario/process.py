@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tta.auth import Credentials
 from tta.client import Client
 from tta.errors import TTAError, UnavailableError
 
@@ -22,9 +23,17 @@ class DaemonProcess:
         folder: for state and log.
         settings: by dotted name.
         n_servers: with an endpoint each; `endpoint` names them all, with commas.
+        credentials: of its clients, where the settings ask for keys.
     """
 
-    def __init__(self, bundle: Path, folder: Path, settings: dict[str, Any], n_servers: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        folder: Path,
+        settings: dict[str, Any],
+        n_servers: int = 1,
+        credentials: Credentials | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.log_path = folder / "daemon.log"
@@ -42,6 +51,7 @@ class DaemonProcess:
         for key, value in values.items():
             self.argv += ["--set", f"{key}={json.dumps(value)}"]
         self.process: subprocess.Popen[bytes] | None = None
+        self._credentials = credentials
 
     def start(self) -> None:
         """Start it and wait until it answers.
@@ -53,7 +63,7 @@ class DaemonProcess:
             self.process = subprocess.Popen(self.argv, stderr=log, stdout=log, stdin=subprocess.DEVNULL)
         end = time.monotonic() + START_S
         while time.monotonic() < end and self.process.poll() is None:
-            with Client(self.endpoint, self.control, timeout_s=1.0) as client:
+            with self.client(1.0) as client:
                 try:
                     if client.daemon_ready():
                         return
@@ -76,7 +86,7 @@ class DaemonProcess:
 
     def client(self, timeout_s: float = 10.0) -> Client:
         """A client of this daemon."""
-        return Client(self.endpoint, self.control, timeout_s)
+        return Client(self.endpoint, self.control, timeout_s, credentials=self._credentials)
 
 
 def free_ports(n: int) -> list[int]:

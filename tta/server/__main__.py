@@ -25,6 +25,7 @@ import structlog
 import zmq
 
 from tta import log
+from tta.auth import Clients, Doorkeeper, read_key_pair
 from tta.bundle import load_bundle
 from tta.errors import TTAError, UnavailableError
 from tta.server.batcher import Batcher, Pending
@@ -78,6 +79,7 @@ class Server:
             self.handle_admin,
             self.version,
             self.log,
+            self._doorkeeper(),
         )
         self.inference = threading.Thread(target=self.predict_batches, name="inference", daemon=True)
         self.inference.start()
@@ -91,6 +93,12 @@ class Server:
             device=self.predictor.device,
             precision=self.predictor.precision,
         )
+
+    def _doorkeeper(self) -> Doorkeeper | None:
+        key, clients = self.options.key, self.options.clients
+        if key is None or clients is None:
+            return None
+        return Doorkeeper(self.context, read_key_pair(Path(key)), Clients(Path(clients)), self.log)
 
     def _learn_speed(self) -> None:
         """How long the smallest and the largest batch take: something to judge the first deadlines by."""

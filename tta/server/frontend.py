@@ -21,6 +21,7 @@ import structlog
 import zmq
 
 from tta import protocol
+from tta.auth import Doorkeeper, key_of
 from tta.bundle import Manifest
 from tta.errors import CancelledError, Code, DeadlineError, InputError, TTAError, UnavailableError
 from tta.server.batcher import Batcher, Pending
@@ -140,6 +141,7 @@ class Frontend:
         admin: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None],
         version: Callable[[], int],
         log: structlog.typing.FilteringBoundLogger,
+        doorkeeper: Doorkeeper | None = None,
     ) -> None:
         self.options = options
         self.manifest = manifest
@@ -156,6 +158,8 @@ class Frontend:
         self._data.setsockopt(zmq.LINGER, 1000)
         self._data.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         self._data.setsockopt(zmq.HEARTBEAT_TIMEOUT, 20000)
+        guarded = doorkeeper is not None and doorkeeper.guard(self._data, options.endpoint)
+        self._doorkeeper = doorkeeper if guarded else None
         self._data.bind(options.endpoint)
         self._admin_socket = context.socket(zmq.ROUTER)
         self._admin_socket.setsockopt(zmq.LINGER, 1000)
@@ -169,6 +173,8 @@ class Frontend:
         self._poller = zmq.Poller()
         for source in (self._data, self._admin_socket, self._wake):
             self._poller.register(source, zmq.POLLIN)
+        if self._doorkeeper is not None:
+            self._poller.register(self._doorkeeper.socket, zmq.POLLIN)
 
     def tick(self) -> None:
         """Wait for something to happen, then drain every socket that has something."""
@@ -177,6 +183,9 @@ class Frontend:
             # reading them together: time of the model's, where cores are few.
             select((self._wake,), (), (), BACKLOG_S)
         ready = dict(self._poller.poll(POLL_MS))
+        if self._doorkeeper is not None:
+            for _ in range(self._doorkeeper.attend()):
+                count(self.statistics.rejected, Code.UNAUTHENTICATED)
         if self._wake in ready:
             os.read(self._wake, 4096)
             self._deliver()
@@ -193,7 +202,7 @@ class Frontend:
                 identity = _RECEIVE(self._data, _NOBLOCK)
             except zmq.Again:
                 return
-            self._handle(identity, self._rest())
+            self._handle(identity, *self._rest())
             # Asking is cheaper than an EAGAIN raised and caught: 3 us against up to 30.
             if not int(_GET(self._data, zmq.EVENTS)) & _POLLIN:
                 return
@@ -203,6 +212,8 @@ class Frontend:
         self._deliver()
         for socket in (self._data, self._admin_socket):
             socket.close()
+        if self._doorkeeper is not None:
+            self._doorkeeper.socket.close()
 
     def finish(self, batch: Computed | Failed) -> None:
         """Inference thread: hand a batch over."""
@@ -220,22 +231,27 @@ class Frontend:
         except BlockingIOError:  # so many bytes wait that it will wake anyway
             return
 
-    def _rest(self) -> list[protocol.Buffer]:
-        """The frames after the identity: the header copied, tensors as they lie in the socket's memory.
+    def _rest(self) -> tuple[list[protocol.Buffer], str]:
+        """The frames after the identity, and the sender's key: "" where none is asked for.
 
-        Of more frames than any message has, one too many is kept, so that it is refused.
+        The header is copied, tensors are as they lie in the socket's memory. Of more frames than any message has,
+        one too many is kept, so that it is refused.
         """
         frame = _RECEIVE(self._data, _NOBLOCK, False)
+        key = key_of(frame) if self._doorkeeper is not None else ""
         frames: list[protocol.Buffer] = [frame.bytes]
         while frame.more:
             frame = _RECEIVE(self._data, _NOBLOCK, False)
             if len(frames) <= protocol.MAX_FRAMES:
                 frames.append(frame.buffer)
-        return frames
+        return frames, key
 
-    def _handle(self, identity: bytes, body: list[protocol.Buffer]) -> None:
+    def _handle(self, identity: bytes, body: list[protocol.Buffer], key: str) -> None:
         try:
             request = protocol.decode_data(body)
+            if self._doorkeeper is not None:
+                asks_only = isinstance(request, protocol.Ready | protocol.Metadata)
+                self._doorkeeper.clients.check(key, None if asks_only else "predict")
             if isinstance(request, protocol.Predict):
                 self._admit(identity, request, body)
                 return

@@ -13,6 +13,8 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     Attributes:
         number: of this server among those of a daemon, from 0.
         device: "cpu", "cuda" or "auto", with the GPU's number after a colon where there are GPUs.
+        key: file of the daemon's key pair, `public_key` its public half: another key is another service.
+        clients: file of the list of clients.
     """
 
     bundle: str
@@ -33,6 +35,9 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     input_sample_rate: float
     observation_queue: int
     drain_s: float
+    key: str | None = None
+    public_key: str = ""
+    clients: str | None = None
     seed: int = 0
 
     def same_service(self, other: "ServerOptions") -> bool:

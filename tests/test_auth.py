@@ -1,0 +1,361 @@
+"""Keys, roles and the list of clients, on real sockets."""
+
+import asyncio
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+from zmq.utils import z85
+
+from tests.waiting import until
+from tta import protocol
+from tta.auth import ROLES, Clients, Credentials, KeyPair, _zap, read_key_pair, write_key_pair
+from tta.client import AsyncClient, Client, connect
+from tta.config import load_config
+from tta.errors import Code, ConfigError, DeniedError, TTAError, UnauthenticatedError
+from tta.scenario import DaemonProcess
+
+PEOPLE = {"camera": ["predict"], "annotator": ["label"], "operator": ["admin"], "guest": []}
+IMAGE = np.zeros((1, 16, 16, 1), np.uint8)
+# Which roles may; `admin` everywhere, and an empty list means any key on the list.
+ON_DATA: dict[type[protocol.Request], set[str]] = {
+    protocol.Predict: {"predict"},
+    protocol.Cancel: {"predict"},
+    protocol.Metadata: set(),
+    protocol.Ready: set(),
+}
+ON_CONTROL: dict[type[protocol.Request], set[str]] = {
+    protocol.Label: {"label"},
+    protocol.Ask: {"label"},
+    protocol.Status: set(),
+    protocol.Versions: set(),
+    protocol.Metadata: set(),
+    protocol.Ready: set(),
+    **{
+        each: {"admin"}
+        for each in (
+            protocol.Pause,
+            protocol.Resume,
+            protocol.Adapt,
+            protocol.Approve,
+            protocol.Accept,
+            protocol.Rollback,
+            protocol.Reset,
+        )
+    },
+}
+
+
+@dataclass
+class Guarded:
+    """A daemon that asks for keys, and the key pairs of everybody."""
+
+    daemon: DaemonProcess
+    keys: Path
+    clients: Path
+
+    def credentials(self, name: str) -> Credentials:
+        """Of one of the people, listed or not."""
+        return Credentials.read(self.keys / f"{name}.key_secret", self.keys / "daemon.key")
+
+    def client(self, name: str | None, timeout_s: float = 20.0) -> Client:
+        """A client with somebody's key; None: without any."""
+        credentials = None if name is None else self.credentials(name)
+        return Client(self.daemon.endpoint, self.daemon.control, timeout_s, credentials=credentials)
+
+    def allow(self, people: dict[str, list[str]]) -> None:
+        """Write the list anew."""
+        listed = {
+            name: {"key": read_key_pair(self.keys / f"{name}.key_secret").public.decode(), "roles": roles}
+            for name, roles in people.items()
+        }
+        fresh = self.clients.with_suffix(".new")
+        fresh.write_text(json.dumps(listed))  # JSON is YAML
+        fresh.rename(self.clients)
+
+
+@pytest.fixture(scope="module")
+def guarded(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """A running daemon with the people of `PEOPLE` on its list; "stranger" is on none."""
+    folder = tmp_path_factory.mktemp("guarded")
+    keys, clients = folder / "keys", folder / "clients.yaml"
+    for name in ("daemon", "stranger", *PEOPLE):
+        write_key_pair(keys, name)
+    credentials = Credentials.read(keys / "operator.key_secret", keys / "daemon.key")
+    settings = {"security.key": str(keys / "daemon.key_secret"), "security.clients": str(clients)}
+    daemon = DaemonProcess(bundle_path, folder / "daemon", settings, credentials=credentials)
+    found = Guarded(daemon, keys, clients)
+    found.allow(PEOPLE)
+    daemon.start()
+    yield found
+    daemon.stop()
+
+
+def ask(guarded: Guarded, name: str, endpoint: str, request: protocol.Request) -> Code:
+    """The code a request is answered with."""
+    context = zmq.Context()
+    socket = connect(context, endpoint, 20.0, queue=True, credentials=guarded.credentials(name))
+    images = (IMAGE,) if isinstance(request, protocol.Predict) else ()
+    try:
+        socket.send_multipart(protocol.encode(request, *images))
+        assert socket.poll(20_000), f"no answer to {request}"
+        return Code(protocol.decode_reply(socket.recv_multipart())[0]["code"])
+    finally:
+        context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("name", PEOPLE)
+def test_every_operation_asks_for_its_role(guarded: Guarded, name: str) -> None:
+    """Each operation of both sockets is denied to whoever lacks its role, and not to who has it."""
+    for endpoint, operations in ((guarded.daemon.endpoint, ON_DATA), (guarded.daemon.control, ON_CONTROL)):
+        for operation, roles in operations.items():
+            has = set(PEOPLE[name])
+            may = not roles or bool(roles & has) or "admin" in has
+            extra = {"dtype": "uint8", "shape": list(IMAGE.shape)} if operation is protocol.Predict else {}
+            code = ask(guarded, name, endpoint, operation(id=1, **extra))
+            assert (code != Code.PERMISSION_DENIED) == may, (operation.__name__, code)
+            assert code != Code.UNAUTHENTICATED
+
+
+def test_the_table_of_operations_is_whole() -> None:
+    """No operation of the protocol is missing from the table that the test above goes through."""
+    for union, table in ((protocol.DataRequest, ON_DATA), (protocol.ControlRequest, ON_CONTROL)):
+        assert set(union.__args__) == set(table)
+
+
+@pytest.mark.parametrize("who", ["stranger", None, "wrong server key"])
+def test_nobody_gets_in_without_the_right_keys(guarded: Guarded, who: str | None) -> None:
+    """A key not on the list, no key, and another server key than the daemon's are refused on both sockets."""
+    for call in (
+        lambda c: c.predict(IMAGE),
+        lambda c: c.ready(),
+        lambda c: c.status(),
+        lambda c: c.label([1], [1]),
+    ):
+        if who == "wrong server key":
+            own = guarded.credentials("operator")
+            credentials = Credentials(own.key, own.key.public)
+            client = Client(guarded.daemon.endpoint, guarded.daemon.control, 3.0, credentials=credentials)
+        else:
+            client = guarded.client(who, 3.0)
+        with client, pytest.raises(UnauthenticatedError, match="key"):
+            call(client)
+
+
+def test_a_daemon_without_keys_says_so(start_daemon: Callable[..., DaemonProcess], tmp_path: Path) -> None:
+    """A client that brings a key to a daemon which asks for none is told, not left waiting."""
+    daemon = start_daemon()
+    _, secret = write_key_pair(tmp_path, "somebody")
+    credentials = Credentials.read(secret, tmp_path / "somebody.key")
+    with (
+        Client(daemon.endpoint, daemon.control, 20.0, credentials=credentials) as client,
+        pytest.raises(UnauthenticatedError, match="takes no keys"),
+    ):
+        client.status()
+
+
+def test_the_asyncio_client_is_refused_too(guarded: Guarded) -> None:
+    """AsyncClient raises the same error on both sockets."""
+
+    async def go() -> None:
+        async with AsyncClient(
+            guarded.daemon.endpoint, guarded.daemon.control, 20.0, credentials=guarded.credentials("stranger")
+        ) as client:
+            for call in (client.ready, client.status):
+                with pytest.raises(UnauthenticatedError):
+                    await call()
+
+    asyncio.run(go())
+
+
+def test_the_list_is_read_again_while_it_runs(guarded: Guarded) -> None:
+    """A key off the list is refused on its open connection, one added gets in, a broken list changes nothing."""
+    with guarded.client("camera") as camera:
+        assert camera.ready()
+        guarded.allow({"operator": ["admin"], "stranger": ["predict"]})
+
+        def refused() -> bool:
+            try:
+                camera.ready()
+            except DeniedError as error:
+                return "list of clients" in str(error)
+            return False
+
+        until(refused, "the refusal")
+
+        def let_in() -> bool:
+            try:
+                with guarded.client("stranger") as stranger:
+                    return stranger.ready()
+            except UnauthenticatedError:
+                return False
+
+        until(let_in, "the new key")
+        guarded.clients.write_text("operator: {key: nonsense}")
+        log = guarded.daemon.log_path
+        until(lambda: log.read_text().count("clients_refused") >= 2, "both processes' complaint")
+        with guarded.client("operator") as operator:
+            assert operator.status()["state"] == "stable"
+        guarded.allow(PEOPLE)
+        until(lambda: _works(camera), "the list as it was")
+
+
+def _works(client: Client) -> bool:
+    try:
+        return client.ready()
+    except TTAError:
+        return False
+
+
+def test_a_killed_server_asks_for_keys_again(guarded: Guarded) -> None:
+    """After kill -9 the server's successor answers those on the list and turns strangers away."""
+    with guarded.client("operator") as operator:
+        first = operator.status()["processes"]["server"]["pid"]
+        os.kill(first, 9)
+        until(lambda: operator.status()["processes"]["server"]["pid"] not in (first, None), "another server")
+        assert operator.ready()
+    with guarded.client("stranger") as stranger, pytest.raises(UnauthenticatedError):
+        stranger.ready()
+
+
+def test_secrets_are_written_nowhere(guarded: Guarded) -> None:
+    """Neither log nor state folder, status nor the processes' command lines hold a secret key."""
+    secrets = [read_key_pair(path).secret for path in guarded.keys.glob("*.key_secret")]
+    files = [p for p in guarded.daemon.folder.rglob("*") if p.is_file()]
+    with guarded.client("operator") as operator:
+        status = operator.status()
+    seen = [json.dumps(status).encode(), *(p.read_bytes() for p in files)]
+    seen += [Path(f"/proc/{p['pid']}/cmdline").read_bytes() for p in status["processes"].values() if p["pid"]]
+
+    assert guarded.daemon.log_path in files
+    assert not [s for s in secrets if any(s in text for text in seen)]
+    assert secrets[0].decode() not in repr(read_key_pair(next(guarded.keys.glob("*.key_secret"))))
+
+
+def tta(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run the command line."""
+    command = [sys.executable, "-m", "tta", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_line_shows_its_keys(guarded: Guarded) -> None:
+    """`tta --key --server-key` works with the right role and says what is missing, or denied, otherwise."""
+    key, server = guarded.keys / "camera.key_secret", guarded.keys / "daemon.key"
+    control = ("--control", guarded.daemon.control)
+
+    assert tta("--key", key, "--server-key", server, "status", *control).returncode == 0
+    denied = tta("--key", key, "--server-key", server.read_text().split('"')[1], "reset", *control)
+    assert (denied.returncode, denied.stdout) == (2, "")
+    assert "needs the role admin" in denied.stderr
+    alone = tta("--key", key, "status", *control)
+    assert alone.returncode == 2
+    assert "--server-key" in alone.stderr
+
+
+def test_keygen_makes_keys_that_get_in(tmp_path: Path) -> None:
+    """`tta keygen` writes a secret only its owner reads, prints the list's line, and overwrites nothing."""
+    made = tta("keygen", "line-3", "--folder", tmp_path, "--roles", "predict,label", "--json")
+    found = json.loads(made.stdout)
+
+    assert stat.S_IMODE(Path(found["secret"]).stat().st_mode) == 0o600
+    assert read_key_pair(Path(found["secret"])).public.decode() == found["key"]
+    (tmp_path / "clients.yaml").write_text(found["client"])
+    clients = Clients(tmp_path / "clients.yaml")
+    assert clients.check(found["key"], "label") == "line-3"
+    with pytest.raises(DeniedError, match="role admin"):
+        clients.check(found["key"], "admin")
+
+    again = tta("keygen", "line-3", "--folder", tmp_path)
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+    assert tta("keygen", "../x", "--folder", tmp_path).returncode == 2
+    assert tta("keygen", "x", "--folder", tmp_path, "--roles", "root").returncode == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clients.yaml", "line-3.key", "line-3.key_secret"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "dict"),
+        ("a: {key: short, roles: [predict]}", "40 characters"),
+        ("a: {key: 'KEY', roles: [root]}", "root"),
+        ("a: {key: 'KEY', roles: [predict], rolls: []}", "rolls"),
+        ("a: {key: 'KEY', roles: []}\nb: {key: 'KEY', roles: []}", "same key"),
+        ("a: {", "clients.yaml"),
+    ],
+)
+def test_a_bad_list_is_named(tmp_path: Path, text: str, message: str) -> None:
+    """A list of clients that cannot be used gives an error with its file and entry."""
+    path = tmp_path / "clients.yaml"
+    path.write_text(text.replace("KEY", zmq.curve_keypair()[0].decode()))
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        Clients(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_bad_key_file_is_named(tmp_path: Path) -> None:
+    """A key that is missing, public where the secret is wanted, or nonsense gives an error with its file."""
+    public, _ = write_key_pair(tmp_path, "a")
+    (tmp_path / "b.key_secret").write_text('curve\n  public-key = "short"\n  secret-key = "short"\n')
+    for path in (tmp_path / "none.key_secret", public, tmp_path / "b.key_secret"):
+        with pytest.raises(ConfigError, match=str(path)):
+            read_key_pair(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"daemon.control": "tcp://0.0.0.0:5556"}, "daemon.control = 'tcp://0.0.0.0:5556' lets other machines in"),
+        ({"server.endpoint": "tcp://127.0.0.1:1,tcp://10.0.0.7:2"}, "server.endpoint = 'tcp://10.0.0.7:2'"),
+        ({"security.key": "a.key_secret"}, "security.key is set and security.clients is not"),
+        ({"security.clients": "a.yaml"}, "security.clients is set and security.key is not"),
+    ],
+)
+def test_other_machines_need_keys_or_a_word(settings: dict[str, str], message: str) -> None:
+    """An endpoint that other machines reach is refused without keys, unless the configuration says so out loud."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, settings)
+    assert message in str(caught.value)
+
+
+def test_what_only_this_machine_reaches_needs_no_keys() -> None:
+    """Loopback and ipc are taken without keys, and any address with `plaintext`."""
+    local = "tcp://localhost:1,tcp://127.3.2.1:2,tcp://[::1]:3,ipc:///tmp/x"
+    assert load_config(None, {"server.endpoint": local}).server.endpoints == local.split(",")
+    open_ = load_config(None, {"daemon.control": "tcp://*:5556", "security.plaintext": "true"})
+    assert open_.daemon.control == "tcp://*:5556"
+
+
+@given(st.lists(st.binary(max_size=40), max_size=9), st.booleans())
+def test_the_doorkeeper_lets_nobody_in_by_mistake(frames: list[bytes], curve: bool) -> None:
+    """Whatever libzmq might ask, an answer comes back, and it is yes only for a CURVE key on the list."""
+    key = KeyPair(*zmq.curve_keypair())
+    clients = Clients.__new__(Clients)
+    clients._by_key = {key.public.decode(): ("a", msgspec.convert({"key": "", "roles": []}, dict))}
+    if curve and len(frames) >= 7:
+        frames = [*frames[:5], b"CURVE", frames[6]]
+
+    answer, refused = _zap(frames, clients)
+    assert (answer[2], len(answer)) == (b"400", 6)
+    assert refused is not None
+
+    answer, refused = _zap([b"1.0", b"1", b"tta", b"here", b"", b"CURVE", z85.decode(key.public)], clients)
+    assert (answer[2], answer[4], refused) == (b"200", key.public, None)
+
+
+def test_the_roles_are_those_of_the_documentation() -> None:
+    """README and code name the same roles."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    assert all(f"`{role}`" in text for role in ROLES)

@@ -1,0 +1,296 @@
+"""Who may do what: key pairs, the list of clients, their roles, and the doorkeeper who asks for them.
+
+Over tcp both sides prove that they hold the secret half of their key pair and encrypt what they send (CurveZMQ,
+RFC 26 of ZeroMQ; Curve25519, keys written as 40 characters of Z85). Before a connection exists libzmq asks the
+doorkeeper of the process whether its key is on the list (ZAP, RFC 27); roles are asked for at every request, so
+that a key taken off the list is of no more use at once. Sockets of ipc need no keys: the permissions of their
+folder guard them.
+
+Key files are those of `zmq.auth`: NAME.key to give away, NAME.key_secret for its owner.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import zmq
+import zmq.auth
+from zmq.utils import z85
+
+from tta.errors import ConfigError, DeniedError, InputError
+
+if TYPE_CHECKING:  # the light client does without
+    import structlog
+
+Role = Literal["predict", "label", "admin"]
+ROLES: tuple[Role, ...] = ("predict", "label", "admin")
+REFRESH_S = 1.0  # seconds between two looks at the list of clients
+ZAP = "inproc://zeromq.zap.01"
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """Both halves of a key, 40 characters of Z85 each."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+
+
+def read_public_key(path: Path) -> bytes:
+    """The public key of a certificate, public or secret.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return _read(path)[0]
+
+
+def read_key_pair(path: Path) -> KeyPair:
+    """Both halves, of a secret certificate.
+
+    Raises:
+        ConfigError: there is none, or it has the public half only.
+    """
+    public, secret = _read(path)
+    if secret is None:
+        raise ConfigError(f"{path} holds the public half of a key only: name the file that ends in .key_secret")
+    return KeyPair(public, secret)
+
+
+def _read(path: Path) -> tuple[bytes, bytes | None]:
+    try:
+        public, secret = zmq.auth.load_certificate(path)
+        for half in (public, secret or public):
+            _check_key(half.decode("ascii"))
+    except (OSError, ValueError, InputError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"key file {path} cannot be read: {reason}; tta keygen makes one") from error
+    return public, secret
+
+
+def _check_key(text: str) -> None:
+    try:
+        right = len(text) == 40 and len(z85.decode(text)) == 32
+    except (ValueError, KeyError):
+        right = False
+    if not right:
+        raise InputError("no key: 40 characters of Z85 are wanted")
+
+
+def write_key_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    """Make a key pair: NAME.key, and NAME.key_secret that only its owner can read.
+
+    Raises:
+        ConfigError: a file of that name exists, or the folder cannot be written.
+    """
+    public, secret = folder / f"{name}.key", folder / f"{name}.key_secret"
+    for path in (public, secret):
+        if path.exists():
+            raise ConfigError(f"{path} exists: a key is not written over; choose another name or remove it")
+    before = os.umask(0o077)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        zmq.auth.create_certificates(folder, name)
+    except OSError as error:
+        raise ConfigError(f"no key can be written into {folder}: {error.strerror}") from error
+    finally:
+        os.umask(before)
+    public.chmod(0o644)
+    return public, secret
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a client needs over tcp: its own key pair, and the public key by which it knows the daemon."""
+
+    key: KeyPair
+    server_key: bytes
+
+    @classmethod
+    def read(cls, key: Path | str, server_key: Path | str) -> "Credentials":
+        """From files.
+
+        Args:
+            key: the client's NAME.key_secret.
+            server_key: the daemon's public certificate, or the 40 characters themselves.
+
+        Raises:
+            ConfigError: one is not there or is no key.
+        """
+        try:
+            _check_key(str(server_key))
+            server = str(server_key).encode("ascii")
+        except (InputError, UnicodeEncodeError):
+            server = read_public_key(Path(server_key))
+        return cls(read_key_pair(Path(key)), server)
+
+    def show_on(self, socket: Any) -> None:
+        """Let a socket, not connected yet, use them."""
+        socket.curve_serverkey = self.server_key
+        socket.curve_publickey = self.key.public
+        socket.curve_secretkey = self.key.secret
+
+
+class AllowedClient(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One entry of the list. `admin` may do everything."""
+
+    key: str
+    roles: list[Role]
+
+
+class Clients:
+    """The list of clients, read again when its file changes.
+
+    Raises:
+        ConfigError: it cannot be read or is no list of clients; the message names file and entry.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._looked_at = 0.0
+        self._stamp = self._stat()
+        self._by_key = self._load()
+
+    def _stat(self) -> tuple[int, ...]:
+        try:
+            s = self._path.stat()
+        except OSError:
+            return ()
+        return (s.st_mtime_ns, s.st_size, s.st_ino)
+
+    def _load(self) -> dict[str, tuple[str, AllowedClient]]:
+        try:
+            listed = msgspec.yaml.decode(self._path.read_bytes(), type=dict[str, AllowedClient])
+            for entry in listed.values():
+                _check_key(entry.key)
+        except (OSError, UnicodeDecodeError, msgspec.MsgspecError, InputError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise ConfigError(
+                f"list of clients {self._path}: {reason}; write NAME: {{key: KEY, roles: [{', '.join(ROLES)}]}}"
+            ) from error
+        by_key = {entry.key: (name, entry) for name, entry in listed.items()}
+        if len(by_key) < len(listed):
+            raise ConfigError(f"list of clients {self._path}: two names have the same key")
+        return by_key
+
+    def refresh(self) -> bool:
+        """Read the file again if it has changed, looked at once a second; true if there is a new list.
+
+        Raises:
+            ConfigError: what is there now is no list; the one before stays in force. Told once.
+        """
+        now = time.monotonic()
+        if now - self._looked_at < REFRESH_S:
+            return False
+        self._looked_at = now
+        stamp = self._stat()
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        self._by_key = self._load()
+        return True
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def name_of(self, key: str) -> str | None:
+        """Whose key this is; None for nobody's on the list."""
+        found = self._by_key.get(key)
+        return None if found is None else found[0]
+
+    def check(self, key: str, role: Role | None) -> str:
+        """Whose key this is, if he may.
+
+        Args:
+            key: that the connection has proved to hold.
+            role: that is needed; None: any.
+
+        Raises:
+            DeniedError: the key is not on the list (any more), or has another role.
+        """
+        found = self._by_key.get(key)
+        if found is None:
+            raise DeniedError("this key is not on the daemon's list of clients any more")
+        name, entry = found
+        if role is not None and role not in entry.roles and "admin" not in entry.roles:
+            has = ", ".join(entry.roles) or "no role"
+            raise DeniedError(f"client {name!r} may not: this needs the role {role}, the list gives it {has}")
+        return name
+
+
+class Doorkeeper:
+    """Answers libzmq's question whom to let in, for all sockets of one context. Owned by the thread that polls.
+
+    Args:
+        context: whose sockets are to be guarded; make the doorkeeper before any of them binds.
+        key: the daemon's key pair.
+        clients: the list.
+        log: hears of who is turned away, and of a list that changed.
+    """
+
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        key: KeyPair,
+        clients: Clients,
+        log: "structlog.typing.FilteringBoundLogger",
+    ) -> None:
+        self.clients = clients
+        self._key = key
+        self._log = log
+        self.socket = context.socket(zmq.REP)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.bind(ZAP)
+
+    def guard(self, socket: "zmq.Socket[bytes]", endpoint: str) -> bool:
+        """Let a socket, not bound yet, ask for keys if its endpoint is of tcp; whether it will."""
+        if not endpoint.startswith("tcp:"):
+            return False
+        socket.curve_server = True
+        socket.curve_secretkey = self._key.secret
+        socket.zap_domain = b"tta"
+        return True
+
+    def attend(self) -> int:
+        """Answer all questions that wait, and look whether the list has changed; how many were turned away."""
+        n_refused = 0
+        while self.socket.poll(0):
+            answer, turned_away = _zap(self.socket.recv_multipart(), self.clients)
+            self.socket.send_multipart(answer)
+            if turned_away is not None:
+                n_refused += 1
+                key, address = turned_away
+                self._log.warning("client_refused", key=key, address=address)
+        try:
+            if self.clients.refresh():
+                self._log.info("clients_read", n=len(self.clients))
+        except ConfigError as error:
+            self._log.error("clients_refused", error=str(error), in_force="the list before")
+        return n_refused
+
+
+def _zap(question: Sequence[bytes], clients: Clients) -> tuple[list[bytes], tuple[str, str] | None]:
+    """The answer to one question of ZAP 1.0, and who is turned away by it.
+
+    A question is: version, request id, domain, address, identity, mechanism, credentials (for CURVE the key's 32
+    bytes). The answer: version, request id, status, text, user id, metadata. The user id is the key itself.
+    """
+    key, address = "", question[3].decode("ascii", "replace") if len(question) > 3 else ""
+    if len(question) == 7 and question[5] == b"CURVE" and len(question[6]) == 32:
+        key = z85.encode(question[6]).decode("ascii")
+    known = bool(key) and clients.name_of(key) is not None
+    status, text = (b"200", b"OK") if known else (b"400", b"not on the list of clients")
+    answer = [b"1.0", question[1] if len(question) > 1 else b"", status, text, key.encode() if known else b"", b""]
+    return answer, None if known else (key, address)
+
+
+def key_of(frame: Any) -> str:
+    """The key that the sender of a frame has proved to hold; "" on a socket that asks for none."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""
