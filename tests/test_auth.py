@@ -23,11 +23,11 @@ from tta import protocol
 from tta.auth import ROLES, Clients, Credentials, KeyPair, _zap, read_key_pair, write_key_pair
 from tta.client import AsyncClient, Client, connect
 from tta.config import load_config
-from tta.errors import Code, ConfigError, DeniedError, TTAError, UnauthenticatedError
+from tta.errors import Code, ConfigError, DeniedError, OverloadedError, TTAError, UnauthenticatedError
 from tta.scenario import DaemonProcess
 
 PEOPLE = {"camera": ["predict"], "annotator": ["label"], "operator": ["admin"], "guest": []}
-IMAGE = np.zeros((1, 16, 16, 1), np.uint8)
+IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
 # Which roles may; `admin` everywhere, and an empty list means any key on the list.
 ON_DATA: dict[type[protocol.Request], set[str]] = {
     protocol.Predict: {"predict"},
@@ -284,10 +284,48 @@ def test_keygen_makes_keys_that_get_in(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clients.yaml", "line-3.key", "line-3.key_secret"]
 
 
+def test_a_quota_refuses_what_is_too_much_and_says_when_to_come_again(guarded: Guarded) -> None:
+    """Over its images or labels a second a client gets a code and a time; without retries it sees them at once."""
+    listed = json.loads(guarded.clients.read_text())
+    listed["camera"] |= {"images_s": 4, "labels_s": 1, "roles": ["predict", "label"]}
+    guarded.clients.write_text(json.dumps(listed))
+    credentials = guarded.credentials("camera")
+    addresses = (guarded.daemon.endpoint, guarded.daemon.control)
+    image = np.zeros((6, *IMAGE.shape[1:]), np.uint8)
+    with Client(*addresses, 20.0, retry=False, credentials=credentials) as camera:
+
+        def refused() -> OverloadedError | None:
+            try:
+                camera.predict(image)
+            except OverloadedError as error:
+                return error
+            return None
+
+        error = until(refused, "the quota of images")
+        assert "'camera' has sent more than 4 images a second" in str(error)
+        assert error.retry_after_s is not None
+        assert 0 < error.retry_after_s <= 0.5  # two images over, at four a second
+
+        def labels_refused() -> bool:
+            try:
+                camera.label([1, 2, 3], [0, 0, 0])
+            except OverloadedError as error:
+                return "1 labels a second" in str(error)
+            except DeniedError:  # the daemon has not read the list yet
+                return False
+            return False
+
+        until(labels_refused, "the quota of labels")
+    with Client(*addresses, 20.0, credentials=credentials) as patient:
+        assert len(patient.predict(image).logits) == 6  # it comes again when it is told to
+    guarded.allow(PEOPLE)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- a", "dict"),
+        ("a: {key: 'KEY', roles: [predict], images_s: 0}", "a: 0.0 a second"),
         ("a: {key: short, roles: [predict]}", "40 characters"),
         ("a: {key: 'KEY', roles: [root]}", "root"),
         ("a: {key: 'KEY', roles: [predict], rolls: []}", "rolls"),

@@ -21,13 +21,14 @@ import zmq
 import zmq.auth
 from zmq.utils import z85
 
-from tta.errors import ConfigError, DeniedError, InputError
+from tta.errors import ConfigError, DeniedError, InputError, OverloadedError
 
 if TYPE_CHECKING:  # the light client does without
     import structlog
 
 Role = Literal["predict", "label", "admin"]
 ROLES: tuple[Role, ...] = ("predict", "label", "admin")
+MIN_WAIT_S = 0.001
 REFRESH_S = 1.0  # seconds between two looks at the list of clients
 ZAP = "inproc://zeromq.zap.01"
 
@@ -136,10 +137,36 @@ class Credentials:
 
 
 class AllowedClient(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One entry of the list. `admin` may do everything."""
+    """One entry of the list.
+
+    Attributes:
+        key: public, 40 characters of Z85.
+        roles: `admin` may do everything.
+        images_s: a second at each server, at most; None: as many as the queue's fairness allows.
+        labels_s: a second, at most.
+    """
 
     key: str
     roles: list[Role]
+    images_s: float | None = None
+    labels_s: float | None = None
+
+
+class Quota:
+    """So many a second, and a second's worth at once. What goes over once is paid for by waiting."""
+
+    def __init__(self, per_s: float, now: float) -> None:
+        self.per_s = per_s
+        self._left, self._at = per_s, now
+
+    def spend(self, n: int, now: float) -> float:
+        """Spend n if something is left; seconds to wait until there is, 0.0 for spent."""
+        self._left = min(self.per_s, self._left + (now - self._at) * self.per_s)
+        self._at = now
+        if self._left <= 0:
+            return max(MIN_WAIT_S, -self._left / self.per_s)
+        self._left -= n
+        return 0.0
 
 
 class Clients:
@@ -151,6 +178,7 @@ class Clients:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._quotas: dict[tuple[str, str], Quota] = {}  # by key and what is counted
         self._looked_at = 0.0
         self._stamp = self._stat()
         self._by_key = self._load()
@@ -165,8 +193,11 @@ class Clients:
     def _load(self) -> dict[str, tuple[str, AllowedClient]]:
         try:
             listed = msgspec.yaml.decode(self._path.read_bytes(), type=dict[str, AllowedClient])
-            for entry in listed.values():
+            for name, entry in listed.items():
                 _check_key(entry.key)
+                for what in (entry.images_s, entry.labels_s):
+                    if what is not None and not 0 < what < float("inf"):
+                        raise InputError(f"{name}: {what} a second: write a number above 0")
         except (OSError, UnicodeDecodeError, msgspec.MsgspecError, InputError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise ConfigError(
@@ -220,6 +251,24 @@ class Clients:
             has = ", ".join(entry.roles) or "no role"
             raise DeniedError(f"client {name!r} may not: this needs the role {role}, the list gives it {has}")
         return name
+
+    def spend(self, key: str, images: int = 0, labels: int = 0) -> None:
+        """Count against what a client may send.
+
+        Raises:
+            OverloadedError: it has sent more; it says when to come again.
+        """
+        name, entry = self._by_key[key]
+        for what, n, limit in (("images", images, entry.images_s), ("labels", labels, entry.labels_s)):
+            if not n or limit is None:
+                continue
+            now = time.monotonic()
+            quota = self._quotas.get((key, what))
+            if quota is None or quota.per_s != limit:
+                quota = self._quotas[key, what] = Quota(limit, now)
+            wait_s = quota.spend(n, now)
+            if wait_s:
+                raise OverloadedError(f"client {name!r} has sent more than {limit:g} {what} a second", wait_s)
 
 
 class Doorkeeper:

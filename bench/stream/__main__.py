@@ -179,10 +179,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__.splitlines()[0])
     parser.add_argument("--budget-minutes", type=float, default=600.0, help="start no run after so long")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--only", nargs="*", metavar="METHOD", help="run these methods only")
+    wanted = cells()
+    methods = sorted({cell.method for cell in wanted})
+    parser.add_argument("--only", nargs="*", metavar="METHOD", choices=methods, help="run these methods only")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
-    wanted = cells()
     unpack()
     run(
         [c for c in wanted if not arguments.only or c.method in arguments.only],

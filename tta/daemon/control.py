@@ -82,6 +82,8 @@ class Control:
             request = protocol.decode_control(frames)
             role = role_for(request)
             client = self.clients.check(key, role) if self.clients is not None else None
+            if self.clients is not None and isinstance(request, protocol.Label):
+                self.clients.spend(key, labels=max(1, len(request.labels), len(request.correct)))
             if role == "admin":
                 self.log.info("command", what=type(request).__name__.lower(), client=client)
             if isinstance(request, protocol.Rollback | protocol.Reset):

@@ -253,7 +253,7 @@ class Frontend:
                 asks_only = isinstance(request, protocol.Ready | protocol.Metadata)
                 self._doorkeeper.clients.check(key, None if asks_only else "predict")
             if isinstance(request, protocol.Predict):
-                self._admit(identity, request, body)
+                self._admit(identity, request, body, key)
                 return
             reply = self._answer(identity, request)
         except TTAError as error:
@@ -265,7 +265,7 @@ class Frontend:
             reply = protocol.error_reply(protocol.request_id(body), error)
         self._send([identity, *protocol.encode(reply)])
 
-    def _admit(self, identity: bytes, request: protocol.Predict, frames: list[protocol.Buffer]) -> None:
+    def _admit(self, identity: bytes, request: protocol.Predict, frames: list[protocol.Buffer], key: str) -> None:
         client = request.client or ""
         if client and self._is_repeated(identity, client, request.id):
             self.statistics.repeated += 1
@@ -275,6 +275,8 @@ class Frontend:
         x = protocol.decode_images(frames, request.dtype, request.shape, self.manifest.image_shape)
         if len(x) > self.options.queue_images:
             raise InputError(f"{len(x)} images in one request: at most {self.options.queue_images} are taken")
+        if self._doorkeeper is not None:
+            self._doorkeeper.clients.spend(key, images=len(x))
         now = time.monotonic()
         expires = now + request.deadline_s if request.deadline_s is not None else float("inf")
         admitted = Pending(identity, request.id, x, now, expires, request.key or "", request.observe, client)
