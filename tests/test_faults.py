@@ -108,17 +108,32 @@ def test_a_restart_resumes_version_labels_and_state(start_daemon: Callable[..., 
         assert client.predict(x[:1]).version == before["version"]
 
 
-def test_a_damaged_version_falls_back_to_the_source(start_daemon: Callable[..., DaemonProcess]) -> None:
-    """If the serving version's file is zeroed while the daemon is down, the source serves and the log says so."""
+def test_damaged_files_never_keep_it_down(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """Without state and library the newest version serves; without that version the source; the log says so."""
     x, y = digits("stream", 1200, seed=13)
     daemon = start_daemon()
     traffic = Traffic(daemon, corrupt(x, "noise", 3), y)
     traffic.start()
     try:
-        cured = until(lambda: (s := status(daemon)) and s["version"] > 0 and s, "a cured shift", 120)
+        cured = until(
+            lambda: (s := status(daemon)) and s["state"] == "stable" and s["version"] > 0 and s, "the cure", 120
+        )
     finally:
         traffic.stop()
     assert daemon.stop() == 0
+    state = daemon.folder / "state"
+    for name in ("state.json", "library.json", "watch.safetensors", "labels.sqlite"):
+        data = (state / name).read_bytes()
+        (state / name).write_bytes(data[: len(data) // 2])
+    daemon.start()
+    now = status(daemon)
+    assert now["version"] == cured["version"]
+    with daemon.client() as client:
+        assert client.predict(x[:1]).version == cured["version"]
+    assert daemon.log_path.read_text().count('"file_damaged"') == 4
+    assert len(list(state.glob("*.damaged-*"))) >= 4
+    assert daemon.stop() == 0
+
     delta = daemon.folder / "state" / "versions" / f"{cured['version']:06d}" / "delta.safetensors"
     delta.write_bytes(bytes(delta.stat().st_size))
 

@@ -4,6 +4,7 @@
     |- ConfigError                  -  (exit 2)          operator: a setting, a flag, a port
     |- BundleError                  -  (exit 2)          operator: a deployed model that does not verify
     |- DeviceError                  -  (exit 2)          operator: a device that is not there
+    |- DamagedError                 -  (log, set aside)  operator: a file of the state folder
     |- ProtocolError                INVALID_ARGUMENT     client: malformed frames, version, operation
     |- InputError                   INVALID_ARGUMENT     client: shape, dtype, label range
     |- NotFoundError                NOT_FOUND            client: a version or a prediction nobody knows
@@ -62,6 +63,10 @@ class BundleError(TTAError):
 
 class DeviceError(TTAError):
     """The device asked for is not there."""
+
+
+class DamagedError(TTAError):
+    """A file of the state folder is not what was written there."""
 
 
 class ProtocolError(TTAError):

@@ -199,12 +199,12 @@ def test_an_acknowledged_label_survives_kill_9(tmp_path: Path) -> None:
     buffer.close()
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
-    """A damaged label buffer says which file and what to do."""
+def test_labels_that_cannot_be_opened_say_which_file(tmp_path: Path) -> None:
+    """A label buffer that is a folder, say, is an error with its name."""
     path = tmp_path / "l.sqlite"
-    path.write_bytes(b"not a database at all" * 100)
+    path.mkdir()
 
-    with pytest.raises(ConfigError, match=r"l\.sqlite.*move it away"):
+    with pytest.raises(ConfigError, match=r"l\.sqlite cannot be opened"):
         LabelBuffer(path, 50, 0.6, (4, 4, 3))
 
 
@@ -256,14 +256,94 @@ def test_candidates_left_by_a_crash_are_dropped(tmp_path: Path) -> None:
     assert store.numbers() == [0, good]
 
 
-def test_damaged_state_says_what_to_do(tmp_path: Path) -> None:
-    """A truncated state.json is an error naming the file, not a silent fresh start."""
-    store = Store(tmp_path, "hash")
-    store.save_state({"state": "stable"})
-    (tmp_path / "state.json").write_bytes(b'{"state": "sta')
+def damage(path: Path, how: str) -> None:
+    """What a disk may do to a file."""
+    data = path.read_bytes()
+    half = len(data) // 2
+    flipped = bytearray(data)
+    flipped[half + half // 2] ^= 0x41
+    path.write_bytes(
+        {
+            "empty": b"",
+            "truncated": data[:half],
+            "zeros": bytes(len(data)),
+            "zeros from the middle on": data[:half] + bytes(len(data) - half),
+            "two bits": bytes(flipped),
+        }[how]
+    )
 
-    with pytest.raises(ConfigError, match=r"state\.json is damaged"):
-        store.load_state()
+
+DAMAGES = ("empty", "truncated", "zeros", "zeros from the middle on", "two bits")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_is_noticed_and_set_aside(tmp_path: Path, how: str) -> None:
+    """Whatever happens to a file of the state folder, it is not taken for what was written, and it is kept."""
+    rng = np.random.default_rng(0)
+    home, other = (fingerprint(rng.normal(m, 1, (400, 6)), np.zeros(400, np.int64)) for m in (0, 3))
+    store, library = Store(tmp_path, "hash"), Library(tmp_path, home, 0.9, 4, n_images=50)
+    store.save_state({"state": "stable", "sequence": 123456789})
+    store.save_watch({"z": np.arange(64.0)})
+    number = library.add(1, "input", 0.8, other, 0).number
+    library.keep_images(number, np.ones((40, 4, 4, 3), np.uint8))
+
+    for name in ("state.json", "watch.safetensors"):
+        damage(tmp_path / name, how)
+    assert store.load_state() is None
+    assert store.load_watch() == {}
+    assert store.load_state() == {}  # it is out of the way
+    damage(library.images_path(number), how)
+    assert library.images(number) is None
+    damage(tmp_path / "regimes" / f"{number:06d}.safetensors", how)
+    again = Library(tmp_path, home, 0.9, 4)
+    assert set(again.regimes) == {HOME}
+    damage(tmp_path / "library.json", how)
+    last = Library(tmp_path, home, 0.9, 4)
+    assert set(last.regimes) == {HOME}
+
+    aside = [*store.damaged, *again.damaged, *last.damaged]
+    assert [Path(p).name.partition(".damaged-")[0] for p in aside] == [
+        "state.json",
+        "watch.safetensors",
+        f"{number:06d}.safetensors",
+        "library.json",
+    ]
+    assert all(Path(p).is_file() for p in aside)
+
+
+def test_the_newest_version_that_verifies_is_found(tmp_path: Path) -> None:
+    """Of the accepted versions the newest whose files are whole, and the source when none is."""
+    store = Store(tmp_path, "hash")
+    for outcome in ("accepted", "accepted", "rejected"):
+        store.write(*delta(), "block1", "source", 0.0, {}, {"outcome": outcome})
+    assert store.newest() == 2
+    damage(tmp_path / "versions" / "000002" / "delta.safetensors", "two bits")
+    assert store.newest() == 1
+    damage(tmp_path / "versions" / "000001" / "manifest.json", "zeros")
+    assert store.newest() == 0
+
+
+@pytest.mark.parametrize("at", ["the start", "the middle"])
+def test_what_can_be_read_of_damaged_labels_is_kept(tmp_path: Path, at: str) -> None:
+    """A hole in the middle of the label buffer costs the labels in it; the damaged file is set aside."""
+    path = tmp_path / "l.sqlite"
+    buffer = LabelBuffer(path, 5000, 0.6, (32, 32, 3))
+    x = np.zeros((32, 32, 3), np.uint8)
+    buffer.add([Labelled(ID + i, i, 0, 1, 1, x) for i in range(300)])
+    buffer.close()
+    data = bytearray(path.read_bytes())
+    begin = 0 if at == "the start" else len(data) // 8192 * 4096
+    data[begin : begin + 8192] = bytes(8192)
+    path.write_bytes(data)
+
+    again = LabelBuffer(path, 5000, 0.6, (32, 32, 3))
+
+    aside = Path(next(iter(again.damaged)))
+    assert aside.read_bytes() == data
+    assert f"{len(again)} labels could be read" in again.damaged[str(aside)]
+    assert len(again) == 0 if at == "the start" else 290 <= len(again) < 300
+    again.add([Labelled(ID + 1000, 1000, 0, 1, 1, x)])
+    assert 1000 in {r.sequence for fit in (True, False) for r in again.select(0, fit)}
 
 
 def test_the_library_survives_and_forgets_the_least_used(tmp_path: Path) -> None:
@@ -285,7 +365,7 @@ def test_the_library_survives_and_forgets_the_least_used(tmp_path: Path) -> None
     found = recognise([(r.fingerprint, window) for r in known])
     assert found is not None
     assert (known[found].number, known[found].version, known[found].keys) == (2, 2, ("north",))
-    assert json.loads((tmp_path / "library.json").read_text())[0]["kind"] == "input"
+    assert json.loads((tmp_path / "library.json").read_text())["regimes"][0]["kind"] == "input"
 
 
 def test_a_version_may_serve_another_regime_as_well(tmp_path: Path) -> None:

@@ -11,14 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
-
 import tta
 from tta.bundle import Bundle, load_bundle
+from tta.daemon.files import read_arrays, write_arrays
 from tta.daemon.processes import Logger
-from tta.daemon.store import write_atomically
+from tta.errors import DamagedError
 from tta.monitor.calibration import Calibration, calibrate
 from tta.monitor.charts import Layout
 from tta.monitor.reference import Reference
@@ -55,19 +52,18 @@ class Calibrations:
         if own.arl == self.arl and own.stickiness == stickiness:
             return own
         try:
-            return Calibration.load(load(self._path(stickiness).read_bytes()))
-        except FileNotFoundError:
+            arrays = read_arrays(self._path(stickiness))
+        except DamagedError as error:  # the next one is written over it
+            self._log.warning("calibration_damaged", error=str(error))
             return None
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            self._log.warning("calibration_damaged", path=str(self._path(stickiness)), error=str(error))
-            return None
+        return Calibration.load(arrays) if arrays else None
 
     def now(self, stickiness: Stickiness) -> Calibration:
         """Thresholds, computed here if need be; takes seconds."""
         found = self.kept(stickiness)
         if found is None:
             found = _compute(self._bundle, self.arl, stickiness)
-            write_atomically(self._path(stickiness), _bytes(found))
+            write_arrays(self._path(stickiness), found.arrays())
         return found
 
     def request(self, stickiness: Stickiness) -> None:
@@ -134,17 +130,12 @@ def _compute(bundle: Bundle, arl: float, stickiness: Stickiness) -> Calibration:
     return calibrate(reference_of(bundle), arl, stickiness)
 
 
-def _bytes(calibration: Calibration) -> bytes:
-    data: bytes = save({name: np.ascontiguousarray(array) for name, array in calibration.arrays().items()})
-    return data
-
-
 def main() -> int:
     """Compute thresholds and write them."""
     path, out, arl, repeat, class_run, nice, parent = sys.argv[1:8]
     become_worker(int(nice), int(parent))
     calibration = _compute(load_bundle(path), float(arl), Stickiness(float(repeat), int(class_run)))
-    write_atomically(Path(out), _bytes(calibration))
+    write_arrays(Path(out), calibration.arrays())
     return 0
 
 

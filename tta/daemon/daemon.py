@@ -136,9 +136,9 @@ class Daemon:
             operation,
             self.log,
         )
-        for entry, why in self.library.damaged.items():
-            self.log.error("regime_forgotten", entry=entry, error=why)
         self.treatment.restore()
+        for aside, why in (self.store.damaged | self.library.damaged | self.labels.damaged).items():
+            self.log.error("file_damaged", error=why, kept_as=aside)
         self._since = time.monotonic()
         self._counted = (self.treatment.sequence, self._since)
         self.store.discard_candidates()

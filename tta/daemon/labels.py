@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tta.daemon.files import set_aside
 from tta.errors import ConfigError
 
 Array = npt.NDArray[Any]
@@ -39,6 +40,7 @@ CREATE TABLE IF NOT EXISTS spans ( -- of the stream, and the regime its traffic 
     regime INTEGER NOT NULL
 );
 """
+CHECKED_BYTES = 256 << 20  # of a file read through at each start; of a larger one damage shows when it is used
 MAX_SPANS = 4096  # remembered; older labels belong to no regime any more
 # "Right" is said of what the serving version got right: a sample that no other version can look better on.
 NAMED = "label IS NOT NULL AND NOT feedback AND x IS NOT NULL"
@@ -74,6 +76,45 @@ def fits(prediction_id: int, fit_fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fit_fraction * 2**64
 
 
+def _open(path: Path) -> sqlite3.Connection:
+    """The database, made if it is not there.
+
+    Raises:
+        sqlite3.DatabaseError: it is damaged.
+    """
+    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")  # an acknowledged label survives a power cut
+        db.executescript(SCHEMA)
+        if "feedback" not in {row[1] for row in db.execute("PRAGMA table_info(labels)")}:
+            db.execute("ALTER TABLE labels ADD COLUMN feedback INTEGER NOT NULL DEFAULT 0")
+            db.execute("UPDATE labels SET feedback = 1 WHERE label IS NULL")
+        small = path.stat().st_size <= CHECKED_BYTES
+        problem = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+    except sqlite3.DatabaseError:
+        db.close()
+        raise
+    return db
+
+
+def _readable(path: Path) -> list[tuple[Any, ...]]:
+    """The labels of a damaged file that can be read: from both ends up to what cannot."""
+    rows: dict[int, tuple[Any, ...]] = {}
+    for order in ("ASC", "DESC"):
+        db = sqlite3.connect(path)
+        try:
+            for row in db.execute(f"SELECT * FROM labels NOT INDEXED ORDER BY prediction_id {order}"):
+                rows[row[0]] = row
+        except sqlite3.DatabaseError:
+            continue
+        finally:
+            db.close()
+    return list(rows.values())
+
+
 class LabelBuffer:
     """Labels on disk. Owned by the daemon's main thread."""
 
@@ -81,18 +122,26 @@ class LabelBuffer:
         self.capacity = capacity
         self.fit_fraction = fit_fraction
         self.image_shape = tuple(image_shape)
+        self.damaged: dict[str, str] = {}  # files set aside, by their new name, and why
         try:
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")  # an acknowledged label survives a power cut
-            self._db.executescript(SCHEMA)
-            if "feedback" not in {row[1] for row in self._db.execute("PRAGMA table_info(labels)")}:
-                self._db.execute("ALTER TABLE labels ADD COLUMN feedback INTEGER NOT NULL DEFAULT 0")
-                self._db.execute("UPDATE labels SET feedback = 1 WHERE label IS NULL")
+            self._db = _open(path)
+        except sqlite3.OperationalError as error:  # the disk is full, say, or the file is another user's
+            raise ConfigError(f"label buffer {path} cannot be opened: {error}") from error
         except sqlite3.DatabaseError as error:
-            raise ConfigError(
-                f"label buffer {path} cannot be opened ({error}): move it away to start an empty one"
-            ) from error
+            self._db = self._salvage(path, error)
+
+    def _salvage(self, path: Path, error: sqlite3.DatabaseError) -> sqlite3.Connection:
+        """Set a damaged file aside and begin another with what can be read of it."""
+        aside = set_aside(path)
+        for suffix in ("-wal", "-shm"):  # SQLite looks for them beside the file
+            beside = path.with_name(path.name + suffix)
+            if beside.exists():
+                beside.rename(aside.with_name(aside.name + suffix))
+        fresh = _open(path)
+        found = _readable(aside)
+        fresh.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?,?,?)", found)
+        self.damaged[str(aside)] = f"{path} is damaged: {error}; {len(found)} labels could be read"
+        return fresh
 
     def add(self, labelled: Sequence[Labelled]) -> list[Labelled]:
         """Store labels; when this returns they are on disk. A second label for a prediction replaces the first.

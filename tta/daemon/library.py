@@ -4,18 +4,15 @@ On disk: `library.json`, and for each regime `regimes/000003.safetensors` and so
 `regimes/000003-images.safetensors`.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from tta.daemon.store import write_atomically
-from tta.errors import ConfigError
+from tta.daemon.files import read_arrays, read_json, set_aside, write_arrays, write_json
+from tta.errors import DamagedError
 from tta.monitor.regimes import Fingerprint
 
 HOME = 0
@@ -65,31 +62,32 @@ class Library:
         self.capacity = capacity
         self.n_images = n_images
         self._root = root
-        self.damaged: dict[str, str] = {}  # entries that could not be read, and why
+        self.damaged: dict[str, str] = {}  # files set aside, by their new name, and why
         self.regimes = {HOME: Regime(HOME, 0, "home", home_accuracy, home, 0)}
         self._load()
 
     def _load(self) -> None:
         path = self._root / "library.json"
-        if not path.exists():
-            return
         try:
-            entries = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged ({error}): delete it to forget all regimes but home") from error
+            entries = read_json(path).get("regimes", [])
+        except DamagedError as error:
+            self.damaged[str(set_aside(path))] = str(error)
+            return
         for entry in entries:
             try:
                 loaded = {"fingerprint": self._load_fingerprint(entry["fingerprint"])}
-                regime = Regime(**{**entry, **loaded, "keys": tuple(entry.get("keys", ()))})
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                self.damaged[str(entry)[:80]] = str(error)
+            except DamagedError as error:
+                self.damaged[str(set_aside(self._root / entry["fingerprint"]))] = str(error)
                 continue
+            regime = Regime(**{**entry, **loaded, "keys": tuple(entry.get("keys", ()))})
             self.regimes[regime.number] = regime
 
     def _load_fingerprint(self, name: str) -> Fingerprint | None:
         if not name:
             return None
-        arrays = load((self._root / name).read_bytes())
+        arrays = read_arrays(self._root / name)
+        if not arrays:
+            raise DamagedError(f"{self._root / name} is missing")
         threshold, n_samples = arrays["scalars"].tolist()
         return Fingerprint(arrays["mean"], arrays["variance"], arrays["whitening"], threshold, int(n_samples))
 
@@ -130,14 +128,14 @@ class Library:
         pool = x if old is None or old.shape[1:] != x.shape[1:] else np.concatenate([old, x])
         rows = np.random.default_rng([number, seen]).permutation(len(pool))[: self.n_images]
         (self._root / "regimes").mkdir(exist_ok=True)
-        write_atomically(self.images_path(number), save({"x": np.ascontiguousarray(pool[np.sort(rows)])}))
+        write_arrays(self.images_path(number), {"x": pool[np.sort(rows)]})
         self.update(number, n_images=seen + len(x))
 
     def images(self, number: int) -> Array | None:
         """(N, H, W, C) uint8 of a regime; None if there are none or their file is damaged."""
         try:
-            return load(self.images_path(number).read_bytes())["x"]
-        except (OSError, ValueError, KeyError, SafetensorError):
+            return read_arrays(self.images_path(number)).get("x")
+        except DamagedError:
             return None
 
     def images_path(self, number: int) -> Path:
@@ -179,7 +177,7 @@ class Library:
                     "whitening": f.whitening,
                     "scalars": np.array([f.threshold, f.n_samples], np.float64),
                 }
-                write_atomically(self._root / name, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
+                write_arrays(self._root / name, arrays)
             entries.append(
                 {
                     "number": regime.number,
@@ -192,4 +190,4 @@ class Library:
                     "n_images": regime.n_images,
                 }
             )
-        write_atomically(self._root / "library.json", json.dumps(entries, indent=1).encode())
+        write_json(self._root / "library.json", {"regimes": entries})

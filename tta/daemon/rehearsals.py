@@ -9,7 +9,6 @@ candidates are not behind by a standard error: labels that have once chosen a ve
 gain whose present version no gate has chosen. What was learned is also a start for the next operation.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,13 @@ from safetensors.numpy import load
 
 from tta.config import Config
 from tta.daemon import gate
+from tta.daemon.files import read_json, write_atomically, write_json
 from tta.daemon.labels import LabelBuffer
 from tta.daemon.library import HOME, Library, Regime
 from tta.daemon.links import Outputs, ShadowLink
 from tta.daemon.operation import SCALES, Operation, arrays_of
-from tta.daemon.store import Store, write_atomically
-from tta.errors import NotFoundError
+from tta.daemon.store import Store
+from tta.errors import DamagedError, NotFoundError
 from tta.versions import SOURCE
 
 MIN_REGIMES = 2
@@ -73,10 +73,10 @@ class Rehearsals:
         self._notes = store.root / "rehearsed.json"
         self._n_images = 0  # that had been seen at the last rehearsal
         try:
-            notes = json.loads(self._notes.read_bytes())
-            self._n_images = int(notes["n_images"])
-            usable = bool(notes["usable"] and load(self._weights.read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            notes = read_json(self._notes)
+            self._n_images = int(notes.get("n_images", 0))
+            usable = bool(notes.get("usable") and load(self._weights.read_bytes()))
+        except (DamagedError, OSError, SafetensorError):
             usable = False  # none yet, or damaged: the next one will write both files
         self.operation.rehearsed = self._weights if usable else None
 
@@ -119,7 +119,7 @@ class Rehearsals:
 
     def _note(self, usable: bool) -> None:
         self.operation.rehearsed = self._weights if usable else None
-        write_atomically(self._notes, json.dumps({"n_images": self._n_images, "usable": usable}).encode())
+        write_json(self._notes, {"n_images": self._n_images, "usable": usable})
 
     def _hear(self, versions: dict[int, int], waiting: list[int], heard: dict[int, _Hearing]) -> None:
         """Run candidate, present version and source of one regime after the other on its gate labels."""

@@ -1,8 +1,6 @@
 """Versions and state on disk: written to a temporary name, synced, renamed; the manifest last."""
 
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +8,18 @@ from typing import Any
 
 import msgspec
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from tta.errors import ConfigError, DeltaError, NotFoundError
+from tta.daemon.files import (
+    read_arrays,
+    read_json,
+    set_aside,
+    sync_folder,
+    write_arrays,
+    write_atomically,
+    write_json,
+    write_synced,
+)
+from tta.errors import ConfigError, DamagedError, DeltaError, NotFoundError
 from tta.versions import SOURCE, VersionManifest, load_version
 
 Array = npt.NDArray[Any]
@@ -25,6 +31,7 @@ class Store:
     def __init__(self, root: Path, bundle_sha256: str) -> None:
         self.root = root
         self.bundle_sha256 = bundle_sha256
+        self.damaged: dict[str, str] = {}  # files set aside, by their new name, and why
         self._versions = root / "versions"
         try:
             self._versions.mkdir(parents=True, exist_ok=True)
@@ -124,10 +131,10 @@ class Store:
         temporary = self._versions / f".tmp-{version:06d}"
         temporary.mkdir()
         for name, data in files.items():
-            _write_synced(temporary / name, data)
-        _write_synced(temporary / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest)))
+            write_synced(temporary / name, data)
+        write_synced(temporary / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest)))
         temporary.rename(self._versions / f"{version:06d}")
-        _sync_folder(self._versions)
+        sync_folder(self._versions)
         return version
 
     def amend(self, version: int, **fields: Any) -> None:
@@ -148,61 +155,42 @@ class Store:
             raise NotFoundError("version 0 is the source and has no manifest")
         return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=VersionManifest)
 
+    def newest(self) -> int:
+        """The newest version that was accepted and verifies; the source if there is none."""
+        for version in reversed(self.numbers()):
+            if self.accepted(version) and self.verified(version) == version:
+                return version
+        return SOURCE
+
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Replace `state.json`."""
-        text = json.dumps({"bundle_sha256": self.bundle_sha256, **state}, indent=1)
-        write_atomically(self.root / "state.json", text.encode())
+        write_json(self.root / "state.json", {"bundle_sha256": self.bundle_sha256, **state})
 
-    def load_state(self) -> dict[str, Any]:
-        """What `save_state` wrote last; empty at the first start.
+    def load_state(self) -> dict[str, Any] | None:
+        """What `save_state` wrote last; empty at the first start, None if it was damaged and is set aside.
 
         Raises:
-            ConfigError: the file is damaged, or the folder belongs to another bundle.
+            ConfigError: the folder belongs to another bundle.
         """
         path = self.root / "state.json"
-        if not path.exists():
-            return {}
         try:
-            loaded = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged ({error}): delete it to start from the source model") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"{path} is damaged: delete it to start from the source model")
-        if loaded.get("bundle_sha256") != self.bundle_sha256:
+            loaded = read_json(path)
+        except DamagedError as error:
+            self.damaged[str(set_aside(path))] = str(error)
+            return None
+        if loaded and loaded.get("bundle_sha256") != self.bundle_sha256:
             raise ConfigError(f"state folder {self.root} belongs to another bundle: choose another --state")
         return loaded
 
     def save_watch(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Replace `watch.safetensors`: where the charts stand."""
-        write_atomically(self.root / "watch.safetensors", save(dict(arrays)))
+        write_arrays(self.root / "watch.safetensors", arrays)
 
     def load_watch(self) -> dict[str, npt.NDArray[Any]]:
         """What `save_watch` wrote last; empty if there is none or it is damaged: charts then start anew."""
+        path = self.root / "watch.safetensors"
         try:
-            arrays: dict[str, npt.NDArray[Any]] = load((self.root / "watch.safetensors").read_bytes())
-        except (OSError, SafetensorError, ValueError):
+            return read_arrays(path)
+        except DamagedError as error:
+            self.damaged[str(set_aside(path))] = str(error)
             return {}
-        return arrays
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a crash, sees the old or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    _write_synced(temporary, data)
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

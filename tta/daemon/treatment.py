@@ -103,10 +103,20 @@ class Treatment:
     # -- state on disk --------------------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Go on from `state.json`; at the first start, from home with the source."""
+        """Go on from `state.json`; at the first start, from home with the source.
+
+        Where it was damaged the newest version that verifies serves, in the regime it was made for. If the traffic
+        is of another, the features tell soon.
+        """
         saved = self.store.load_state()
+        lost = saved is None
+        saved = saved or {}
         self.case = Case.load(saved.get("case", {}))
         self.sequence = max(int(saved.get("sequence", 0)), self.labels.last_sequence() + 1)
+        if lost:
+            newest = self.store.newest()
+            regimes = [r.number for r in self.library.regimes.values() if r.version == newest]
+            self.case = Case(serving=newest, regime=regimes[0] if regimes else HOME, since=self.sequence)
         self._labelled_at = self.sequence
         state = State(saved.get("state", State.STABLE))
         if state is State.ADAPTING:  # the adapter died with the daemon: start that step again
