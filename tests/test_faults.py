@@ -1,6 +1,7 @@
 """kill -9 of each process in the middle of an adaptation under load: nothing promised is lost."""
 
 import os
+import resource
 import signal
 import sqlite3
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 
 from tests.traffic import Traffic, status
 from tests.waiting import until
+from tta.errors import UnavailableError
 from tta.packaging.digits import corrupt, digits
 from tta.scenario import DaemonProcess
 from tta.versions import VersionManifest
@@ -145,10 +147,48 @@ def test_damaged_files_never_keep_it_down(start_daemon: Callable[..., DaemonProc
         assert client.predict(x[:1]).version == 0
 
 
+def test_a_disk_that_takes_nothing_stops_labels_only(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """While no file can be written predictions are answered and labels refused with a code; then all goes on."""
+    x, y = digits("stream", 300, seed=14)
+    daemon = start_daemon()
+    limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+    traffic = Traffic(daemon, x, y)
+    traffic.start()
+    try:
+        until(lambda: traffic.acknowledged, "labels")
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (0, limits[1]))
+        with daemon.client() as client:
+
+            def refused() -> bool:
+                answer = client.predict(x[:1])
+                try:
+                    client.label([answer.prediction_id], [int(y[0])])
+                except UnavailableError as error:
+                    return "none was kept" in str(error) and error.retry_after_s is not None
+                return False
+
+            until(refused, "the refusal")
+            saved = daemon.folder / "state" / "state.json"
+            before = saved.stat().st_mtime_ns
+            samples = status(daemon)["samples"]
+            # Longer than it takes to save the state twice.
+            until(lambda: status(daemon)["samples"] > samples + 1000, "a thousand answers")
+            assert saved.stat().st_mtime_ns == before
+
+            resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, limits)
+            labels = len(traffic.acknowledged)
+            until(lambda: len(traffic.acknowledged) > labels, "labels again")
+            until(lambda: "state_saved_again" in daemon.log_path.read_text(), "the state on disk")
+    finally:
+        traffic.stop()
+
+    assert traffic.failure is None
+    assert traffic.refused == {}
+    assert traffic.acknowledged <= labels_on_disk(daemon)
+
+
 def test_two_daemons_cannot_share_a_state_folder(start_daemon: Callable[..., DaemonProcess]) -> None:
     """A second daemon on the same state folder ends with a message and leaves the first serving."""
-    from tta.errors import UnavailableError
-
     first = start_daemon()
     second = DaemonProcess(first.argv[4], first.folder, {})
 

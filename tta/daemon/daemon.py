@@ -7,6 +7,7 @@ What is decided lies in `treatment.py`, what is found in `watch.py`, what is kep
 import math
 import os
 import signal
+import sqlite3
 import time
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ MAX_EARLY = 1000  # labels waiting so
 BEAT_S = 0.25  # seconds between two rounds of supervision
 RATE_S = 60.0  # seconds the rate of images is averaged over
 MEASURE_AGAIN_S = 300.0  # seconds alarms are taken as they are after thresholds could not be computed
+DISK_TOLD_S = 60.0  # between two complaints about the disk
 SAVE_S = 5.0  # seconds between two saves of the stream's position and the charts
 LIVE_S = 10.0  # seconds without a tick after which /livez fails
 ADAPTER_IDLE_S = 120.0  # seconds without work after which the adapter goes
@@ -69,6 +71,7 @@ class Daemon:
         self._measure_again = 0.0  # monotonic seconds at which a failed calibration is tried again
         self._counted = (0, self._ticked)  # images observed, when
         self._started = False
+        self._disk_failed = float("-inf")  # monotonic seconds at which that was told last
         # Labels ahead of their predictions: until when, frames, sender's key.
         self._early: list[tuple[float, list[bytes], str]] = []
 
@@ -285,14 +288,23 @@ class Daemon:
                 self._answer_early(now)
             if now - beat >= BEAT_S:
                 beat = now
-                self._supervise(now)
-                self._recalibrate()
-                self.treatment.tick()
-                self._refresh_metrics(now)
+                self._beat(now)
             if now - saved >= SAVE_S:
                 saved = now
                 self.treatment.save()
                 self.treatment.save_watch()
+
+    def _beat(self, now: float) -> None:
+        """What is due by time. A disk that fails is told, and does not end the daemon."""
+        try:
+            self._supervise(now)
+            self._recalibrate()
+            self.treatment.tick()
+            self._refresh_metrics(now)
+        except (OSError, sqlite3.Error) as error:
+            if now - self._disk_failed > DISK_TOLD_S:
+                self._disk_failed = now
+                self.log.exception("disk_failed", error=str(error))
 
     def _drain(self, socket: "zmq.Socket[bytes]", handle: Any, copy: bool = True) -> None:
         for _ in range(BURST):
@@ -302,7 +314,10 @@ class Daemon:
                 return
             try:
                 handle(frames)
-            except (msgspec.MsgspecError, TTAError, LookupError, ValueError, TypeError) as error:
+            except (
+                *(msgspec.MsgspecError, TTAError, LookupError, ValueError, TypeError),
+                *(OSError, sqlite3.Error),
+            ) as error:
                 # No message ends the daemon, not even one of our own that we misunderstand.
                 self.log.exception("message_refused", error=str(error))
 

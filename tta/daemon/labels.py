@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tta.daemon.files import set_aside
-from tta.errors import ConfigError
+from tta.errors import ConfigError, UnavailableError
 
 Array = npt.NDArray[Any]
 
@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS spans ( -- of the stream, and the regime its traffic 
 );
 """
 CHECKED_BYTES = 256 << 20  # of a file read through at each start; of a larger one damage shows when it is used
+RETRY_S = 5.0  # until labels that could not be stored may be sent again
 MAX_SPANS = 4096  # remembered; older labels belong to no regime any more
 # "Right" is said of what the serving version got right: a sample that no other version can look better on.
 NAMED = "label IS NOT NULL AND NOT feedback AND x IS NOT NULL"
@@ -148,6 +149,9 @@ class LabelBuffer:
 
         Returns:
             Those for predictions that had no label yet: a label sent twice is no new evidence.
+
+        Raises:
+            UnavailableError: they cannot be written, the disk is full, say; none of them is kept.
         """
         labelled = list({r.prediction_id: r for r in labelled}.values())
         rows = [
@@ -164,8 +168,8 @@ class LabelBuffer:
             )
             for r in labelled
         ]
-        self._db.execute("BEGIN IMMEDIATE")
         try:
+            self._db.execute("BEGIN IMMEDIATE")
             known = {i for i in (r.prediction_id for r in labelled) if self._has(i)}
             self._db.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?,?,?)", rows)
             excess = len(self) - self.capacity
@@ -176,9 +180,10 @@ class LabelBuffer:
                     (excess,),
                 )
             self._db.execute("COMMIT")
-        except sqlite3.Error:
-            self._db.execute("ROLLBACK")
-            raise
+        except sqlite3.Error as error:
+            if self._db.in_transaction:  # SQLite may have rolled back already
+                self._db.execute("ROLLBACK")
+            raise UnavailableError(f"labels cannot be stored, none was kept: {error}", RETRY_S) from error
         return [r for r in labelled if r.prediction_id not in known]
 
     def _has(self, prediction_id: int) -> bool:

@@ -63,6 +63,7 @@ class Library:
         self.n_images = n_images
         self._root = root
         self.damaged: dict[str, str] = {}  # files set aside, by their new name, and why
+        self.unsaved = ""  # why the disk does not have what is here
         self.regimes = {HOME: Regime(HOME, 0, "home", home_accuracy, home, 0)}
         self._load()
 
@@ -127,8 +128,11 @@ class Library:
         old = self.images(number)
         pool = x if old is None or old.shape[1:] != x.shape[1:] else np.concatenate([old, x])
         rows = np.random.default_rng([number, seen]).permutation(len(pool))[: self.n_images]
-        (self._root / "regimes").mkdir(exist_ok=True)
-        write_arrays(self.images_path(number), {"x": pool[np.sort(rows)]})
+        try:
+            (self._root / "regimes").mkdir(exist_ok=True)
+            write_arrays(self.images_path(number), {"x": pool[np.sort(rows)]})
+        except OSError:  # those there were stay
+            return
         self.update(number, n_images=seen + len(x))
 
     def images(self, number: int) -> Array | None:
@@ -160,6 +164,15 @@ class Library:
             self.save()
 
     def save(self) -> None:
+        """Write everything; where the disk takes nothing `unsaved` says why, and memory is right meanwhile."""
+        try:
+            self._write()
+        except OSError as error:
+            self.unsaved = str(error)
+        else:
+            self.unsaved = ""
+
+    def _write(self) -> None:
         """Write everything; fingerprints first."""
         folder = self._root / "regimes"
         folder.mkdir(exist_ok=True)

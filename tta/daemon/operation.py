@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tta.config import AdaptConfig, Config
@@ -198,8 +199,6 @@ class Operation:
         self.under_way = task
         job, began = self._job, time.monotonic()
         folder = self._work / f"request-{job}"
-        folder.mkdir(parents=True)
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
         folders = {name: self.store.folder(v) for name, v in starts.items()}
         request = {
             "task": task,
@@ -210,15 +209,24 @@ class Operation:
             "memories": memories,
             "settings": race_settings(self.config.adapt),
         }
-        (folder / "request.json").write_text(json.dumps(request))
 
         def answered(header: dict[str, Any]) -> None:
             if job == self._job:
                 self.under_way = None
                 self.metrics.phase_s.labels(task).observe(time.monotonic() - began)
-                finished(folder, header)
+                try:
+                    finished(folder, header)
+                except OSError as error:  # a candidate that cannot be kept is none
+                    finished(folder, {"op": "failed", "error": f"the disk takes no candidate: {error}"})
             shutil.rmtree(folder, ignore_errors=True)
 
+        try:
+            folder.mkdir(parents=True)
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
+            (folder / "request.json").write_text(json.dumps(request))
+        except (OSError, SafetensorError) as error:
+            answered({"op": "failed", "error": f"the disk takes no request: {error}"})
+            return
         self.adapter.submit(folder, answered)
 
     def _make_way(self) -> None:
@@ -337,7 +345,11 @@ class Operation:
         if verdict.outcome != "accepted":
             self._discard([version])
             return Conclusion(0, 0.0, evidence, verdict.labels_needed)
-        self.store.amend(version, verdict=verdict.fields())
+        try:
+            self.store.amend(version, verdict=verdict.fields())
+        except OSError as error:  # not on disk it would be gone after a restart
+            self._discard([version])
+            return Conclusion(0, 0.0, {"error": f"the verdict cannot be written: {error}"})
         return Conclusion(version, verdict.accuracy_candidate, evidence)
 
     def _keep(self, folder: Path, block: str, start: str, report: dict[str, Any]) -> int:

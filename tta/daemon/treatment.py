@@ -98,6 +98,7 @@ class Treatment:
         self._labelled_at = 0  # place of the stream at which the last labels came
         self._moves: deque[int] = deque(maxlen=MOVES)  # places at which unknown traffic moved on
         self._suspected_at = 0  # samples watched when it arose
+        self._unsaved = ""  # why the disk does not have the present state
         self._unfinished = False  # a swap that a killed daemon had asked for
 
     # -- state on disk --------------------------------------------------------------------------------
@@ -157,8 +158,24 @@ class Treatment:
             self._log.warning("charts_not_saved", error=str(error))
 
     def save(self) -> None:
-        """Write `state.json`."""
-        self.store.save_state({"state": self.cycle.state, "sequence": self.sequence, "case": asdict(self.case)})
+        """Write `state.json`, and the library if that is still to be written.
+
+        A disk that takes nothing is no reason to stop: it is tried again with the next save.
+        """
+        state = {"state": self.cycle.state, "sequence": self.sequence, "case": asdict(self.case)}
+        if self.library.unsaved:
+            self.library.save()
+        try:
+            self.store.save_state(state)
+            problem = self.library.unsaved
+        except OSError as error:
+            problem = str(error)
+        if problem != self._unsaved:
+            self._unsaved = problem
+            if problem:
+                self._log.error("state_not_saved", error=problem, consequence="a restart would not know of it")
+            else:
+                self._log.info("state_saved_again")
 
     @property
     def regime(self) -> Regime:
