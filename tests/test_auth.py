@@ -21,8 +21,9 @@ from zmq.utils import z85
 from tests.waiting import until
 from tta import protocol
 from tta.auth import ROLES, Clients, Credentials, KeyPair, _zap, read_key_pair, write_key_pair
-from tta.client import AsyncClient, Client, connect
+from tta.client import AsyncClient, Client
 from tta.config import load_config
+from tta.connection import connect
 from tta.errors import Code, ConfigError, DeniedError, OverloadedError, TTAError, UnauthenticatedError
 from tta.scenario import DaemonProcess
 
@@ -75,14 +76,22 @@ class Guarded:
         return Client(self.daemon.endpoint, self.daemon.control, timeout_s, credentials=credentials)
 
     def allow(self, people: dict[str, list[str]]) -> None:
-        """Write the list anew."""
+        """Write the list anew and wait until both processes have read it."""
         listed = {
             name: {"key": read_key_pair(self.keys / f"{name}.key_secret").public.decode(), "roles": roles}
             for name, roles in people.items()
         }
         fresh = self.clients.with_suffix(".new")
         fresh.write_text(json.dumps(listed))  # JSON is YAML
+        self.put(fresh)
+
+    def put(self, fresh: Path) -> None:
+        """Put a file in the place of the list, and wait until it has been looked at."""
+        log = self.daemon.log_path
+        before = log.read_text().count("client_list_") if log.exists() else 0
         fresh.rename(self.clients)
+        if self.daemon.process is not None:
+            until(lambda: log.read_text().count("client_list_") >= before + 2, "both processes' look at the list")
 
 
 @pytest.fixture(scope="module")
@@ -185,30 +194,90 @@ def test_the_list_is_read_again_while_it_runs(guarded: Guarded) -> None:
         assert camera.ready()
         guarded.allow({"operator": ["admin"], "stranger": ["predict"]})
 
-        def refused() -> bool:
-            try:
-                camera.ready()
-            except DeniedError as error:
-                return "list of clients" in str(error)
-            return False
-
-        until(refused, "the refusal")
-
-        def let_in() -> bool:
-            try:
-                with guarded.client("stranger") as stranger:
-                    return stranger.ready()
-            except UnauthenticatedError:
-                return False
-
-        until(let_in, "the new key")
-        guarded.clients.write_text("operator: {key: nonsense}")
-        log = guarded.daemon.log_path
-        until(lambda: log.read_text().count("clients_refused") >= 2, "both processes' complaint")
+        with pytest.raises(DeniedError, match="list of clients"):
+            camera.ready()
+        with guarded.client("stranger") as stranger:
+            assert stranger.ready()
+        broken = guarded.clients.with_suffix(".broken")
+        broken.write_text("operator: {key: nonsense}")
+        guarded.put(broken)
+        assert guarded.daemon.log_path.read_text().count("client_list_refused") == 2
         with guarded.client("operator") as operator:
             assert operator.status()["state"] == "stable"
         guarded.allow(PEOPLE)
         until(lambda: _works(camera), "the list as it was")
+
+
+def test_a_refused_client_gets_in_once_it_is_listed(guarded: Guarded) -> None:
+    """Both clients knock again: the object that was refused works on both sockets when its key has been added."""
+
+    async def go() -> None:
+        async with AsyncClient(
+            guarded.daemon.endpoint, guarded.daemon.control, 20.0, credentials=guarded.credentials("stranger")
+        ) as other:
+            for call in (client.ready, client.status):
+                with pytest.raises(UnauthenticatedError):
+                    call()
+            for call in (other.ready, other.status):
+                with pytest.raises(UnauthenticatedError):
+                    await call()
+            guarded.allow({**PEOPLE, "stranger": ["predict"]})
+            until(lambda: _works(client), "the sockets of the blocking client")
+            assert client.status()["state"] == "stable"
+            end = asyncio.get_running_loop().time() + 20
+            while asyncio.get_running_loop().time() < end:
+                try:
+                    if await other.ready() and (await other.status())["state"] == "stable":
+                        break
+                except UnauthenticatedError:
+                    await asyncio.sleep(0.05)
+            else:
+                raise AssertionError("the asyncio client was not let in")
+
+    with guarded.client("stranger") as client:
+        asyncio.run(go())
+    guarded.allow(PEOPLE)
+
+
+def test_a_name_is_worth_something_beside_its_key_only(guarded: Guarded) -> None:
+    """A request under another client's name and id is computed, not answered with what that client has asked."""
+    context = zmq.Context()
+    ids: list[int] = []
+    sockets: list[zmq.Socket[bytes]] = []
+    try:
+        for who in ("camera", "operator", "camera"):
+            socket = connect(context, guarded.daemon.endpoint, 20.0, True, guarded.credentials(who))
+            sockets.append(socket)
+            request = protocol.Predict(id=7, client="camera-7", dtype="uint8", shape=list(IMAGE.shape))
+            socket.send_multipart(protocol.encode(request, IMAGE))
+            assert socket.poll(20_000)
+            ids.append(protocol.decode_reply(socket.recv_multipart())[0]["prediction_id"])
+    finally:
+        for socket in sockets:
+            socket.close()
+        context.destroy(linger=0)
+
+    assert ids[0] != ids[1]
+    assert ids[0] == ids[2]
+
+
+def test_a_traceback_in_the_log_tells_no_values(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the variables hold when something fails, keys among them, is not logged."""
+    from tta import log
+
+    def fail(secret: str) -> None:
+        raise ValueError("it failed")
+
+    logger = log.setup("test")
+    try:
+        fail("the-secret")
+    except ValueError:
+        logger.exception("failed")
+
+    line = capsys.readouterr().err
+    assert "it failed" in line
+    assert '"name": "fail"' in line
+    assert "the-secret" not in line
 
 
 def _works(client: Client) -> bool:
@@ -288,7 +357,9 @@ def test_a_quota_refuses_what_is_too_much_and_says_when_to_come_again(guarded: G
     """Over its images or labels a second a client gets a code and a time; without retries it sees them at once."""
     listed = json.loads(guarded.clients.read_text())
     listed["camera"] |= {"images_s": 4, "labels_s": 1, "roles": ["predict", "label"]}
-    guarded.clients.write_text(json.dumps(listed))
+    slow = guarded.clients.with_suffix(".slow")
+    slow.write_text(json.dumps(listed))
+    guarded.put(slow)
     credentials = guarded.credentials("camera")
     addresses = (guarded.daemon.endpoint, guarded.daemon.control)
     image = np.zeros((6, *IMAGE.shape[1:]), np.uint8)
@@ -311,8 +382,6 @@ def test_a_quota_refuses_what_is_too_much_and_says_when_to_come_again(guarded: G
                 camera.label([1, 2, 3], [0, 0, 0])
             except OverloadedError as error:
                 return "1 labels a second" in str(error)
-            except DeniedError:  # the daemon has not read the list yet
-                return False
             return False
 
         until(labels_refused, "the quota of labels")
@@ -331,6 +400,9 @@ def test_a_quota_refuses_what_is_too_much_and_says_when_to_come_again(guarded: G
         ("a: {key: 'KEY', roles: [predict], rolls: []}", "rolls"),
         ("a: {key: 'KEY', roles: []}\nb: {key: 'KEY', roles: []}", "same key"),
         ("a: {", "clients.yaml"),
+        ("2024-11-31: {key: 'KEY', roles: []}", "month"),
+        ("a: !!int x", "clients.yaml"),
+        ("a: {key: 'KEY', roles: [admin]}\na: {key: 'KEY', roles: []}", "'a' is listed twice"),
     ],
 )
 def test_a_bad_list_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -341,6 +413,25 @@ def test_a_bad_list_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         Clients(path)
     assert str(path) in str(caught.value)
+
+
+def test_an_empty_list_lets_nobody_in(tmp_path: Path) -> None:
+    """When the last line has gone everybody has; a list that is gone itself changes nothing, and is said."""
+    key = zmq.curve_keypair()[0].decode()
+    path = tmp_path / "clients.yaml"
+    path.write_text(f"'7': {{key: '{key}', roles: [admin]}}")
+    clients = Clients(path)
+    assert clients.check(key, "admin") == "7"
+
+    path.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        clients.refresh()
+    assert clients.check(key, "admin") == "7"
+
+    path.write_text("# nobody any more\n")
+    until(clients.refresh, "another look")
+    with pytest.raises(DeniedError, match="not on the daemon's list"):
+        clients.check(key, None)
 
 
 def test_a_bad_key_file_is_named(tmp_path: Path) -> None:
@@ -357,6 +448,9 @@ def test_a_bad_key_file_is_named(tmp_path: Path) -> None:
     [
         ({"daemon.control": "tcp://0.0.0.0:5556"}, "daemon.control = 'tcp://0.0.0.0:5556' lets other machines in"),
         ({"server.endpoint": "tcp://127.0.0.1:1,tcp://10.0.0.7:2"}, "server.endpoint = 'tcp://10.0.0.7:2'"),
+        ({"daemon.control": "tcp://127.0.0.1:0;0.0.0.0:5556"}, "daemon.control = "),
+        ({"daemon.control": "ipc://@abstract"}, "daemon.control = "),
+        ({"daemon.control": "tcp://127.0.0.1.example.org:1"}, "lets other machines in"),
         ({"security.key": "a.key_secret"}, "security.key is set and security.clients is not"),
         ({"security.clients": "a.yaml"}, "security.clients is set and security.key is not"),
     ],

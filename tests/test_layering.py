@@ -10,6 +10,7 @@ HEAVY = {"torch", "timm", "kornia", "onnx", "onnxscript", "onnx_ir"}
 MAY_BE_HEAVY = ("adapter/", "packaging/")
 MAY_OPEN_SOCKETS = {
     "auth.py",
+    "connection.py",
     "client.py",
     "daemon/daemon.py",
     "daemon/http.py",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # the light client does without
 Role = Literal["predict", "label", "admin"]
 ROLES: tuple[Role, ...] = ("predict", "label", "admin")
 MIN_WAIT_S = 0.001
+BURST = 64  # questions answered before anything else gets a turn
+TOLD_S = 1.0  # between two lines about who was turned away
 REFRESH_S = 1.0  # seconds between two looks at the list of clients
 ZAP = "inproc://zeromq.zap.01"
 
@@ -59,6 +61,8 @@ def read_key_pair(path: Path) -> KeyPair:
     public, secret = _read(path)
     if secret is None:
         raise ConfigError(f"{path} holds the public half of a key only: name the file that ends in .key_secret")
+    if zmq.curve_public(secret) != public:
+        raise ConfigError(f"{path} holds halves of different keys: tta keygen makes a pair")
     return KeyPair(public, secret)
 
 
@@ -123,9 +127,11 @@ class Credentials:
             ConfigError: one is not there or is no key.
         """
         try:
+            if Path(server_key).is_file():
+                raise InputError("it is a file")
             _check_key(str(server_key))
             server = str(server_key).encode("ascii")
-        except (InputError, UnicodeEncodeError):
+        except (InputError, UnicodeEncodeError, OSError):
             server = read_public_key(Path(server_key))
         return cls(read_key_pair(Path(key)), server)
 
@@ -169,6 +175,26 @@ class Quota:
         return 0.0
 
 
+def _listed(text: str) -> dict[str, AllowedClient]:
+    """The list in a YAML text; an empty one for an empty text.
+
+    Raises:
+        ValueError: no YAML (in some ways), or a name that is there twice, of which YAML would take the last.
+        msgspec.MsgspecError: no YAML (in others), or no list of clients.
+    """
+    import yaml  # the light client does without
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    names = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]!r} is listed twice")
+    return msgspec.yaml.decode(text, type=dict[str, AllowedClient] | None) or {}
+
+
 class Clients:
     """The list of clients, read again when its file changes.
 
@@ -188,20 +214,21 @@ class Clients:
             s = self._path.stat()
         except OSError:
             return ()
-        return (s.st_mtime_ns, s.st_size, s.st_ino)
+        return (s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino)
 
     def _load(self) -> dict[str, tuple[str, AllowedClient]]:
         try:
-            listed = msgspec.yaml.decode(self._path.read_bytes(), type=dict[str, AllowedClient])
+            listed = _listed(self._path.read_text())
             for name, entry in listed.items():
                 _check_key(entry.key)
                 for what in (entry.images_s, entry.labels_s):
                     if what is not None and not 0 < what < float("inf"):
                         raise InputError(f"{name}: {what} a second: write a number above 0")
-        except (OSError, UnicodeDecodeError, msgspec.MsgspecError, InputError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        except OSError as error:
+            raise ConfigError(f"list of clients {self._path} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError, msgspec.MsgspecError, InputError) as error:
             raise ConfigError(
-                f"list of clients {self._path}: {reason}; write NAME: {{key: KEY, roles: [{', '.join(ROLES)}]}}"
+                f"list of clients {self._path}: {error}; write NAME: {{key: KEY, roles: [{', '.join(ROLES)}]}}"
             ) from error
         by_key = {entry.key: (name, entry) for name, entry in listed.items()}
         if len(by_key) < len(listed):
@@ -212,7 +239,8 @@ class Clients:
         """Read the file again if it has changed, looked at once a second; true if there is a new list.
 
         Raises:
-            ConfigError: what is there now is no list; the one before stays in force. Told once.
+            ConfigError: what is there now is no list, or no file; the one before stays in force. A file that
+                cannot be read is tried again at the next look.
         """
         now = time.monotonic()
         if now - self._looked_at < REFRESH_S:
@@ -221,8 +249,13 @@ class Clients:
         stamp = self._stat()
         if stamp == self._stamp:
             return False
+        try:
+            self._by_key = self._load()
+        except ConfigError as error:
+            if not isinstance(error.__cause__, OSError):
+                self._stamp = stamp
+            raise
         self._stamp = stamp
-        self._by_key = self._load()
         return True
 
     def __len__(self) -> int:
@@ -291,6 +324,8 @@ class Doorkeeper:
         self.clients = clients
         self._key = key
         self._log = log
+        self._complaint = ""  # about the list, told once
+        self._told_at, self._untold = float("-inf"), 0  # when it was told who is turned away; how many since
         self.socket = context.socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(ZAP)
@@ -305,21 +340,33 @@ class Doorkeeper:
         return True
 
     def attend(self) -> int:
-        """Answer all questions that wait, and look whether the list has changed; how many were turned away."""
+        """Answer questions that wait, and look whether the list has changed; how many were turned away."""
         n_refused = 0
-        while self.socket.poll(0):
+        for _ in range(BURST):
+            if not self.socket.poll(0):
+                break
             answer, turned_away = _zap(self.socket.recv_multipart(), self.clients)
             self.socket.send_multipart(answer)
             if turned_away is not None:
                 n_refused += 1
-                key, address = turned_away
-                self._log.warning("client_refused", key=key, address=address)
+                self._tell(*turned_away)
         try:
             if self.clients.refresh():
-                self._log.info("clients_read", n=len(self.clients))
+                self._log.info("client_list_read", n=len(self.clients))
+                self._complaint = ""
         except ConfigError as error:
-            self._log.error("clients_refused", error=str(error), in_force="the list before")
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                self._log.error("client_list_refused", error=self._complaint, in_force="the list before")
         return n_refused
+
+    def _tell(self, key: str, address: str) -> None:
+        """Log who was turned away; of many in a second the first, with the number of those since the last line."""
+        self._untold += 1
+        now = time.monotonic()
+        if now - self._told_at >= TOLD_S:
+            self._log.warning("client_refused", key=key, address=address, n=self._untold)
+            self._told_at, self._untold = now, 0
 
 
 def _zap(question: Sequence[bytes], clients: Clients) -> tuple[list[bytes], tuple[str, str] | None]:

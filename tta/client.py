@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
 from tta import protocol
 from tta.auth import Credentials
+from tta.connection import Connection
 from tta.errors import (
     ConfigError,
     DeadlineError,
@@ -40,14 +40,6 @@ DEFAULT_CONTROL = "tcp://127.0.0.1:5556"
 MAX_WAITING = 64  # images that a blocking client holds back before `submit` waits
 ATTEMPTS = 4  # at most, of a request without an answer, in its time
 MAX_POLL_S = 60.0  # a poll takes no infinity
-BROKEN_HANDSHAKES = 3  # in a row, after which a silent server has not just gone down in the middle of one
-CONNECTION_EVENTS = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
 
 Images = npt.NDArray[np.uint8]
 
@@ -146,43 +138,6 @@ def endpoints_of(endpoint: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in names]
 
 
-class _Door:
-    """Reads what the monitor of a connection tells: whether it is gone, and why it was not let in."""
-
-    def __init__(self, endpoint: str, credentials: Credentials | None) -> None:
-        self.endpoint = endpoint
-        self._has_key = credentials is not None and endpoint.startswith("tcp:")
-        self._broken = 0
-
-    @property
-    def shuts(self) -> bool:
-        """Whether connections are closed again and again before anything is said.
-
-        A wrong key may be why, but a proxy whose server is starting does the same: no reason to give up early.
-        """
-        return self._broken >= BROKEN_HANDSHAKES
-
-    def lost(self, message: list[bytes]) -> bool:
-        """Whether the connection is gone.
-
-        Raises:
-            UnauthenticatedError: it was refused, and the next would be too.
-        """
-        event = parse_monitor_message(message)["event"]
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._broken = 0
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            raise UnauthenticatedError(
-                f"{self.endpoint} does not know this client's key: let the operator add it to the list of clients"
-            )
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            wants = "takes no keys: connect without" if self._has_key else "asks for a key: give the client one"
-            raise UnauthenticatedError(f"{self.endpoint} {wants} (credentials; --key and --server-key)")
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            self._broken += 1
-        return bool(event == zmq.EVENT_DISCONNECTED)
-
-
 class _Connections:
     """What both clients have: names, endpoints, and the requests that are not answered."""
 
@@ -199,8 +154,8 @@ class _Connections:
         self._endpoints = endpoints_of(endpoint)
         self._control = control
         self._credentials = credentials
-        self._doors = [_Door(name, credentials) for name in self._endpoints]
-        self._control_door = _Door(control, credentials)
+        self._servers: list[Connection] = []
+        self._daemon: Connection | None = None
         self._name = secrets.token_hex(8)  # under which servers know a request that comes again
         self._ids = itertools.count(1)
         self._outstanding = Outstanding(
@@ -208,7 +163,7 @@ class _Connections:
             self._name,
             window,
             timeout_s / ATTEMPTS if retry else None,
-            lambda: self._silence(self._doors),
+            lambda: self._silence(self._servers, self._endpoints),
         )
 
     def _add(self, x: Images, deadline_s: float | None, key: str | None, observe: bool) -> int:
@@ -234,21 +189,35 @@ class _Connections:
         self._outstanding.add(request, [], 0, time.monotonic() + self.timeout_s)
         return request.id
 
-    def _connect(self, context: Any, endpoint: str, queue: bool = False) -> Any:
-        return connect(context, endpoint, self.timeout_s, queue, self._credentials)
+    def _connect(self, context: Any, endpoint: str, queue: bool = False) -> Connection:
+        return Connection(context, endpoint, self.timeout_s, queue, self._credentials)
+
+    def _connect_servers(self, context: Any) -> None:
+        try:
+            for name in self._endpoints:
+                self._servers.append(self._connect(context, name))
+        except ConfigError:
+            self._close_all()
+            raise
+
+    def _close_all(self) -> None:
+        for connection in (*self._servers, self._daemon):
+            if connection is not None:
+                connection.close()
+        self._servers, self._daemon = [], None
 
     def _notice(self, endpoint: int, message: list[bytes]) -> None:
         """Take what the monitor of a server's connection tells."""
         try:
-            if self._doors[endpoint].lost(message):
+            if self._servers[endpoint].lost(message):
                 self._outstanding.lost(endpoint, time.monotonic())
         except UnauthenticatedError as error:
-            self._outstanding.shut_out(endpoint, error)
+            self._outstanding.shut_out(endpoint, str(error))
 
-    def _silence(self, doors: Sequence[_Door]) -> TTAError:
+    def _silence(self, connections: Sequence[Connection], endpoints: Sequence[str]) -> TTAError:
         """What to say when nobody has answered."""
-        names = ", ".join(door.endpoint for door in doors)
-        if all(door.shuts for door in doors):
+        names = ", ".join(endpoints)
+        if connections and all(connection.is_shut for connection in connections):
             has = "is the server key right" if self._credentials is not None else "does it ask for a key"
             return UnauthenticatedError(f"{names} closes every connection before anything is said: {has}?")
         return DeadlineError(f"no answer from {names} within {self.timeout_s} s: is tta serving?")
@@ -279,10 +248,6 @@ class Client(_Connections):
     ) -> None:
         super().__init__(endpoint, control, timeout_s, window, retry, credentials)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._sockets: list[zmq.Socket[bytes]] = []
-        self._monitors: list[zmq.Socket[bytes]] = []
-        self._control_socket: zmq.Socket[bytes] | None = None
-        self._control_monitor: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
 
     def __enter__(self) -> "Client":
@@ -294,9 +259,7 @@ class Client(_Connections):
     def close(self) -> None:
         """Close the sockets; what was not sent is dropped. The client is of no more use."""
         if not self._context.closed:
-            for socket in (*self._sockets, self._control_socket):
-                if socket is not None:
-                    socket.disable_monitor()
+            self._close_all()
             self._context.destroy(linger=0)
 
     def predict(
@@ -428,10 +391,12 @@ class Client(_Connections):
 
     def _exchange(self, message: list[bytes]) -> dict[str, Any]:
         """Send a control request and wait for its reply."""
-        if self._control_socket is None or self._control_monitor is None:
-            self._control_socket = self._connect(self._context, self._control, queue=True)
-            self._control_monitor = self._control_socket.get_monitor_socket(CONNECTION_EVENTS)
-        socket, monitor, request_id = self._control_socket, self._control_monitor, protocol.request_id(message)
+        if self._context.closed:
+            raise PreconditionError("the client is closed")
+        if self._daemon is None:
+            self._daemon = self._connect(self._context, self._control, queue=True)
+        connection, request_id = self._daemon, protocol.request_id(message)
+        socket, monitor = connection.socket, connection.monitor
         poller = zmq.Poller()
         for each in (socket, monitor):
             poller.register(each, zmq.POLLIN)
@@ -439,12 +404,17 @@ class Client(_Connections):
         end = time.monotonic() + self.timeout_s
         while ready := dict(poller.poll(max(0, round((end - time.monotonic()) * 1000)))):
             if monitor in ready:
-                self._control_door.lost(monitor.recv_multipart())
+                try:
+                    connection.lost(monitor.recv_multipart())
+                except UnauthenticatedError:
+                    connection.close()  # the next request tries anew
+                    self._daemon = None
+                    raise
             if socket in ready:
                 frames = socket.recv_multipart()
                 if protocol.reply_id(frames) == request_id:
                     return _checked(frames)
-        raise self._silence([self._control_door])
+        raise self._silence([connection], [self._control])
 
     def _ask(self, request: protocol.Request) -> dict[str, Any]:
         return _opened(self._wait(self._add_question(request)))[0]
@@ -458,8 +428,11 @@ class Client(_Connections):
 
     def _turn(self, until: float) -> None:
         """Take what has arrived, send what is due; if that finished nothing, wait for more up to `until`."""
-        if not self._sockets:
+        if not self._servers:
             self._open()
+        for i, connection in enumerate(self._servers):
+            if connection.is_due:
+                self._replace(i)
         before = len(self._outstanding.finished)
         self._take(0.0)
         now = time.monotonic()
@@ -470,17 +443,17 @@ class Client(_Connections):
 
     def _send(self, send: Send) -> None:
         try:
-            self._sockets[send.endpoint].send_multipart(send.frames, zmq.NOBLOCK)
+            self._servers[send.endpoint].socket.send_multipart(send.frames, zmq.NOBLOCK)
         except zmq.Again:  # not connected
             self._outstanding.unsent(send, time.monotonic())
 
     def _take(self, timeout_s: float) -> None:
         """Hand over every reply that has arrived, waiting for the first."""
         for ready, _ in self._poller.poll(math.ceil(min(MAX_POLL_S, max(0.0, timeout_s)) * 1000)):
-            if ready in self._monitors:
-                self._notice(self._monitors.index(ready), ready.recv_multipart())
+            endpoint = next(i for i, c in enumerate(self._servers) if ready in (c.socket, c.monitor))
+            if ready is self._servers[endpoint].monitor:
+                self._notice(endpoint, ready.recv_multipart())
                 continue
-            endpoint = self._sockets.index(ready)
             while True:
                 try:
                     frames = ready.recv_multipart(zmq.NOBLOCK)
@@ -491,42 +464,23 @@ class Client(_Connections):
     def _open(self) -> None:
         if self._context.closed:
             raise PreconditionError("the client is closed")
-        sockets = []
-        try:
-            for name in self._endpoints:
-                sockets.append(self._connect(self._context, name))
-        except ConfigError:
-            for socket in sockets:
-                socket.close()
-            raise
-        self._sockets = sockets
-        self._monitors = [s.get_monitor_socket(CONNECTION_EVENTS) for s in sockets]
-        for socket in (*self._sockets, *self._monitors):
+        self._connect_servers(self._context)
+        for connection in self._servers:
+            self._listen(connection)
+
+    def _listen(self, connection: Connection) -> None:
+        for socket in (connection.socket, connection.monitor):
             self._poller.register(socket, zmq.POLLIN)
 
-
-def connect(
-    context: Any, endpoint: str, timeout_s: float, queue: bool = False, credentials: Credentials | None = None
-) -> Any:
-    """A DEALER; unless it may `queue`, it takes nothing to send while there is no connection.
-
-    Raises:
-        ConfigError: the endpoint is no address.
-    """
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDTIMEO, round(timeout_s * 1000))
-    socket.setsockopt(zmq.RCVHWM, 0)  # the client asked for every answer: none is dropped on its side
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.IMMEDIATE, int(not queue))
-    if credentials is not None and endpoint.startswith("tcp:"):
-        credentials.show_on(socket)
-    try:
-        socket.connect(endpoint)
-    except zmq.ZMQError as error:
-        socket.close()
-        raise ConfigError(f"endpoint {endpoint!r} is no address: write tcp://HOST:PORT or ipc://PATH") from error
-    return socket
+    def _replace(self, endpoint: int) -> None:
+        """Knock again where the door was shut."""
+        old = self._servers[endpoint]
+        for socket in (old.socket, old.monitor):
+            self._poller.unregister(socket)
+        old.close()
+        self._servers[endpoint] = self._connect(self._context, old.endpoint)
+        self._listen(self._servers[endpoint])
+        self._outstanding.knock(endpoint, time.monotonic())
 
 
 class AsyncClient(_Connections):
@@ -546,38 +500,47 @@ class AsyncClient(_Connections):
     ) -> None:
         super().__init__(endpoint, control, timeout_s, window, retry, credentials)
         self._context = zmq.asyncio.Context()
-        self._sockets: list[Any] = []
-        self._control_socket: Any = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[Connection, list[asyncio.Task[None]]] = {}
         self._predicting: dict[int | str, asyncio.Future[Answer]] = {}
         self._calling: dict[int | str, asyncio.Future[list[bytes]]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._refused: UnauthenticatedError | None = None  # why the daemon does not let us in
 
     async def __aenter__(self) -> "AsyncClient":
         try:
-            sockets = [self._connect(self._context, name) for name in self._endpoints]
-            self._control_socket = self._connect(self._context, self._control, queue=True)
+            self._connect_servers(self._context)
+            self._connect_daemon()
         except ConfigError:
+            self._close_all()
             self._context.destroy(linger=0)
             raise
-        self._sockets = sockets
-        monitor = self._control_socket.get_monitor_socket(CONNECTION_EVENTS)
-        work = [self._read_control(self._control_socket), self._watch_control(monitor)]
-        for i, socket in enumerate(sockets):
-            work += [self._read(i, socket), self._watch(i, socket.get_monitor_socket(CONNECTION_EVENTS))]
-        self._tasks = [asyncio.create_task(each) for each in work]
+        for endpoint in range(len(self._servers)):
+            self._listen(endpoint)
         return self
+
+    def _connect_daemon(self) -> Connection:
+        self._daemon = connection = self._connect(self._context, self._control, queue=True)
+        work = (self._read_control(connection.socket), self._watch_control(connection))
+        self._tasks[connection] = [asyncio.create_task(each) for each in work]
+        return connection
+
+    def _listen(self, endpoint: int) -> None:
+        connection = self._servers[endpoint]
+        work = (self._read(endpoint, connection.socket), self._watch(endpoint, connection.monitor))
+        self._tasks[connection] = [asyncio.create_task(each) for each in work]
+
+    def _drop(self, connection: Connection) -> None:
+        for task in self._tasks.pop(connection):
+            task.cancel()
+        connection.close()
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
+        tasks = [task for each in self._tasks.values() for task in each]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for socket in (*self._sockets, self._control_socket):
-            socket.disable_monitor()
-        self._sockets = []
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._close_all()
         self._context.destroy(linger=0)
         self._fail(UnavailableError("the client was closed before an answer came"))
 
@@ -624,7 +587,7 @@ class AsyncClient(_Connections):
         return list((await self.call(protocol.Versions()))["versions"])
 
     def _check_open(self) -> None:
-        if not self._sockets:
+        if not self._servers:
             raise PreconditionError("use AsyncClient in an `async with` block")
 
     async def _answer(self, request_id: int | str) -> Answer:
@@ -635,14 +598,14 @@ class AsyncClient(_Connections):
             return await future
         finally:
             send = self._outstanding.cancel(request_id)  # nothing, if it was answered
-            if send is not None and self._sockets:
+            if send is not None and self._servers:
                 self._send(send)
             self._outstanding.forget(request_id)
             del self._predicting[request_id]
 
     def _send(self, send: Send) -> None:
         # With zmq.asyncio a message that cannot go now is done with its exception.
-        sent: Any = self._sockets[send.endpoint].send_multipart(send.frames, zmq.NOBLOCK)
+        sent: Any = self._servers[send.endpoint].socket.send_multipart(send.frames, zmq.NOBLOCK)
         if sent.done() and isinstance(sent.exception(), zmq.Again):
             self._outstanding.unsent(send, time.monotonic())
 
@@ -655,6 +618,12 @@ class AsyncClient(_Connections):
 
     def _turn(self) -> None:
         """Send what is due, hand out what is finished, and come back when something is due next."""
+        for i, connection in enumerate(self._servers):
+            if connection.is_due:  # knock again where the door was shut
+                self._drop(connection)
+                self._servers[i] = self._connect(self._context, connection.endpoint)
+                self._listen(i)
+                self._outstanding.knock(i, time.monotonic())
         for send in self._outstanding.advance(time.monotonic()):
             self._send(send)
         finished = self._outstanding.finished
@@ -684,26 +653,28 @@ class AsyncClient(_Connections):
             self._notice(endpoint, await monitor.recv_multipart())
             self._turn()
 
-    async def _watch_control(self, monitor: Any) -> None:
+    async def _watch_control(self, connection: Connection) -> None:
         while True:
             try:
-                self._control_door.lost(await monitor.recv_multipart())
+                connection.lost(await connection.monitor.recv_multipart())
             except UnauthenticatedError as error:
-                self._refused = error
                 for future in self._calling.values():
                     if not future.done():
-                        future.set_exception(error)
+                        future.set_exception(UnauthenticatedError(str(error)))
 
     async def _exchange(self, frames: list[bytes]) -> dict[str, Any]:
         self._check_open()
-        if self._refused is not None:
-            raise self._refused
+        connection = self._daemon
+        if connection is None or connection.refused_at is not None:  # knock again
+            if connection is not None:
+                self._drop(connection)
+            connection = self._connect_daemon()
         async with self._expect(protocol.request_id(frames)) as answer:
-            await self._control_socket.send_multipart(frames)
+            await connection.socket.send_multipart(frames)
             try:
                 return _checked(await asyncio.wait_for(answer, self.timeout_s))
             except TimeoutError:
-                raise self._silence([self._control_door]) from None
+                raise self._silence([connection], [self._control]) from None
 
     @asynccontextmanager
     async def _expect(self, request_id: int | str) -> AsyncIterator["asyncio.Future[list[bytes]]"]:

@@ -5,6 +5,7 @@ Precedence: command line > environment (`TTA_SERVER__MAX_BATCH_SIZE=64`) > YAML 
 """
 
 import difflib
+import ipaddress
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,8 +26,10 @@ from tta.errors import ConfigError
 METHODS = ("all", "all-rates", "l1", "first-to-last", "last-to-first", "auto-rgn", "auto-snr")
 SELECTIONS = ("race", "cross-validate", "diagnosis", *METHODS)
 
-Endpoint = Annotated[str, Field(pattern=r"^(tcp|ipc)://.+")]
-Endpoints = Annotated[str, Field(pattern=r"^(tcp|ipc)://[^,]+(,(tcp|ipc)://[^,]+)*$")]
+# No ";", which names a source address besides, and no abstract socket (ipc://@), which no permissions guard.
+_ADDRESS = r"(tcp://[^,;]+|ipc://[^@,;][^,;]*)"
+Endpoint = Annotated[str, Field(pattern=rf"^{_ADDRESS}$")]
+Endpoints = Annotated[str, Field(pattern=rf"^{_ADDRESS}(,{_ADDRESS})*$")]
 MAX_SERVERS = 16  # their prediction ids have to fit a double
 
 # YAML 1.1 reads a bare `off` as false.
@@ -300,7 +303,10 @@ def is_local(endpoint: str) -> bool:
     """Whether only this machine reaches an endpoint."""
     scheme, _, rest = endpoint.partition("://")
     host = rest.rpartition(":")[0].strip("[]")
-    return scheme != "tcp" or host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return scheme != "tcp" or host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, an interface or *
+        return False
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tta import protocol
-from tta.errors import CancelledError, Code, DeadlineError, TTAError, UnavailableError
+from tta.errors import CancelledError, Code, DeadlineError, TTAError, UnauthenticatedError, UnavailableError
 
 FIRST_WINDOW = 64  # images, until the server has said how many
 PROBE_S = 1.0  # seconds between two questions to an endpoint that does not answer
@@ -57,7 +57,7 @@ class _Endpoint:
     probe_at: float = 0.0
     connects_at: float = 0.0  # without a connection: when to try again
     unsent_s: float = UNSENT_S
-    shut: TTAError | None = None  # why it does not let us in
+    shut: str = ""  # why it does not let us in
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Outstanding:
         self._again: list[_Request] = []  # to be sent to the endpoint where they are
         self._cancels: list[Send] = []  # of requests that have left an endpoint
         self._alarms: list[tuple[float, int, _Request]] = []  # when a request is due or given up
-        self._all_shut: TTAError | None = None  # what to say when no endpoint lets us in
+        self._all_shut = ""  # what to say when no endpoint lets us in
         self._count = itertools.count()
         self._random = random.Random()
 
@@ -135,9 +135,9 @@ class Outstanding:
 
     def advance(self, now: float) -> list[Send]:
         """What is to be sent now. Requests whose time is up move to `finished`."""
-        if self._all_shut is not None:
+        if self._all_shut:
             for entry in list(self._requests.values()):
-                self._finish(entry, self._all_shut)
+                self._finish(entry, UnauthenticatedError(self._all_shut))
         while self._alarms and self._alarms[0][0] <= now:
             entry = heapq.heappop(self._alarms)[2]
             if not self._is_alive(entry):
@@ -196,8 +196,8 @@ class Outstanding:
         """
         header, tensors = protocol.decode_reply(frames)
         place, request_id, code = self._endpoints[endpoint], header.get("id", 0), header.get("code", 0)
-        place.heard, place.connects_at, place.unsent_s, place.shut = now, 0.0, UNSENT_S, None
-        self._all_shut = None
+        place.heard, place.connects_at, place.unsent_s, place.shut = now, 0.0, UNSENT_S, ""
+        self._all_shut = ""
         if request_id == PROBE_ID:
             place.usable = bool(header.get("ready"))
             return
@@ -227,11 +227,17 @@ class Outstanding:
             else:
                 self._later(entry, now + LOST_S)
 
-    def shut_out(self, endpoint: int, error: TTAError) -> None:
-        """An endpoint does not let us in. When none does, all that is asked is answered so."""
-        self._endpoints[endpoint].shut = error
-        if all(e.shut is not None for e in self._endpoints):
-            self._all_shut = error
+    def shut_out(self, endpoint: int, why: str) -> None:
+        """An endpoint does not let us in. If none does, all that is asked is answered so until we knock again."""
+        self._endpoints[endpoint].shut = why
+        if all(e.shut for e in self._endpoints):
+            self._all_shut = why
+
+    def knock(self, endpoint: int, now: float) -> None:
+        """Another connection has been opened where one was refused."""
+        place = self._endpoints[endpoint]
+        place.shut, place.connects_at, place.unsent_s, place.probe_at = "", 0.0, UNSENT_S, now
+        self._all_shut = ""
 
     def cancel(self, request_id: RequestId) -> Send | None:
         """What to send so that a request is dropped; one that is nowhere else is finished here."""

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -53,3 +54,9 @@ def _be_nice_as_a_session(nice: int) -> None:
             return
         else:
             return
+
+
+def allow_files() -> None:
+    """Let this process have as many files and sockets as it may: libzmq ends one that cannot accept any more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -33,7 +33,7 @@ def keygen(
         raise InputError(f"role {unknown[0]!r} is none: write some of {', '.join(ROLES)}, with commas")
     public, secret = write_key_pair(folder, name)
     key = read_public_key(public).decode()
-    entry = f"{name}: {{key: '{key}', roles: [{', '.join(wanted)}]}}"
+    entry = f"'{name}': {{key: '{key}', roles: [{', '.join(wanted)}]}}"
     if as_json:
         print_json({"public": str(public), "secret": str(secret), "key": key, "client": entry})
         return

@@ -22,7 +22,7 @@ from tta.daemon.processes import Logger, Process
 from tta.daemon.servers import Servers
 from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
-from tta.errors import Code, InputError, PreconditionError, TTAError, from_wire
+from tta.errors import Code, DeniedError, InputError, PreconditionError, TTAError, from_wire
 from tta.monitor.reference import confidence
 from tta.versions import SOURCE
 
@@ -91,20 +91,25 @@ class Control:
             else:
                 answer(self._answer(request, frames))
         except TTAError as error:
+            if isinstance(error, DeniedError) and self.clients is not None:
+                self.metrics.commands_refused.labels("permission_denied").inc()
+                self.log.warning("command_denied", client=self.clients.name_of(key), error=str(error))
             fail(error)
         except Exception as error:  # the client gets a code, the log the traceback
             self.log.exception("control_failed", error=str(error))
             fail(error)
 
-    def is_early(self, frames: list[bytes]) -> bool:
-        """Whether this labels a prediction that the server has answered and not yet told us of."""
+    def is_early(self, frames: list[bytes], key: str) -> bool:
+        """Whether somebody who may labels a prediction that the server has answered and not yet told us of."""
         try:
-            request = protocol.decode_control(frames)
+            request = protocol.decode_control(frames) if len(frames) == 1 else None
+            if not isinstance(request, protocol.Label):
+                return False
+            if self.clients is not None:
+                self.clients.check(key, role_for(request))
         except TTAError:
             return False
-        return isinstance(request, protocol.Label) and any(
-            map(self.ledger.is_ahead, request.prediction_ids[:MAX_LABELS])
-        )
+        return any(map(self.ledger.is_ahead, request.prediction_ids[:MAX_LABELS]))
 
     def _answer(self, request: protocol.ControlRequest, frames: list[bytes]) -> Reply:
         match request:

@@ -20,6 +20,7 @@ import zmq
 from tta.auth import Clients, Doorkeeper, key_of, read_key_pair
 from tta.bundle import load_bundle, source_is_importable
 from tta.config import Config
+from tta.connection import prepare_listener
 from tta.daemon.calibrations import Calibrations
 from tta.daemon.control import Control, Reply
 from tta.daemon.hand import Hand
@@ -39,6 +40,7 @@ from tta.errors import ConfigError, TTAError
 from tta.monitor.calibration import Calibration, reference_warning
 from tta.monitor.regimes import fingerprint
 from tta.monitor.stickiness import nearest
+from tta.process import allow_files
 from tta.protocol import encode
 from tta.server.options import Counters, Observation
 from tta.versions import SOURCE
@@ -84,6 +86,7 @@ class Daemon:
             TTAError: whatever keeps it from serving; the message says what to do.
         """
         config = self.config
+        allow_files()
         self.bundle = load_bundle(config.bundle)
         manifest = self.bundle.manifest
         config.check_model([b.name for b in manifest.blocks])
@@ -211,8 +214,7 @@ class Daemon:
         self._workers = self.context.socket(zmq.ROUTER)
         self._workers.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._control = self.context.socket(zmq.ROUTER)
-        self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._control.setsockopt(zmq.MAXMSGSIZE, self.config.server.max_message_bytes)
+        prepare_listener(self._control, self.config.daemon.control, self.config.server.max_message_bytes)
         guarded = doorkeeper is not None and doorkeeper.guard(self._control, self.config.daemon.control)
         self._doorkeeper = doorkeeper if guarded else None
         for socket, name, address in (
@@ -274,7 +276,8 @@ class Daemon:
             ready = dict(self._poller.poll(POLL_MS))
             now = self._ticked = time.monotonic()
             if self._doorkeeper is not None:
-                self._doorkeeper.attend()
+                refused = self._doorkeeper.attend()
+                self.metrics.commands_refused.labels("unauthenticated").inc(refused)
             # Observations first: a label must find its prediction.
             self._drain(self._observations, self._observe)
             if self._workers in ready:
@@ -408,7 +411,7 @@ class Daemon:
         # A label must find its prediction: the observation was sent first, but by another way.
         self._drain(self._observations, self._observe)
         frames, key = [frame.bytes for frame in received], key_of(received[-1])
-        if len(self._early) < MAX_EARLY and self.control.is_early(frames[1:]):
+        if len(self._early) < MAX_EARLY and self.control.is_early(frames[1:], key):
             self._early.append((time.monotonic() + EARLY_S, frames, key))
         else:
             self._answer(frames, key)
@@ -417,7 +420,7 @@ class Daemon:
         """Answer the labels whose predictions have become known, or that have waited long enough."""
         waiting, self._early = self._early, []
         for until, frames, key in waiting:
-            if now < until and self.control.is_early(frames[1:]):
+            if now < until and self.control.is_early(frames[1:], key):
                 self._early.append((until, frames, key))
             else:
                 self._answer(frames, key)

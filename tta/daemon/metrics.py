@@ -105,6 +105,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.server = ServerTotals()
         self.registry.register(self.server)
+        self.commands_refused = self._counter(
+            "commands_refused", "Connections and requests turned away at the control socket, by code", "code"
+        )
         self.drift_statistic = self._gauge(
             "drift_statistic", "Chart over its threshold; above 1 is an alarm", "block"
         )

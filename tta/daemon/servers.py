@@ -59,6 +59,9 @@ class Servers:
         self._bundle_sha256 = bundle_sha256
         self._version_folder = version_folder
         self._log = log
+        key = config.security.key
+        # Read once: a file that is lost later stops nothing.
+        self._public_key = read_public_key(key).decode() if key else ""
         self._context = context
         self.links = [self._link(number) for number, _ in enumerate(config.server.endpoints)]
 
@@ -184,7 +187,7 @@ class Servers:
             device=device_of(config.device, number, n_gpus()),
             precision=config.precision,
             key=str(key.resolve()) if key else None,
-            public_key=read_public_key(key).decode() if key else "",
+            public_key=self._public_key,
             clients=str(clients.resolve()) if clients else None,
             **settings,
         )

@@ -17,7 +17,7 @@ import zmq
 
 from tta import protocol
 from tta.auth import Credentials
-from tta.client import connect
+from tta.connection import connect
 from tta.errors import Code, ConfigError
 
 TELL_S = 0.1  # seconds between two reports of progress

@@ -27,7 +27,8 @@ import zmq
 from tta import log
 from tta.auth import Clients, Doorkeeper, read_key_pair
 from tta.bundle import load_bundle
-from tta.errors import TTAError, UnavailableError
+from tta.errors import ConfigError, TTAError, UnavailableError
+from tta.process import allow_files
 from tta.server.batcher import Batcher, Pending
 from tta.server.frontend import Computed, Failed, Frontend, Statistics, send
 from tta.server.options import Observation, ServerOptions
@@ -55,6 +56,7 @@ class Server:
     def startup(self) -> None:
         """Load the model, warm it, bind the sockets."""
         options = self.options
+        allow_files()
         self.bundle = load_bundle(options.bundle)
         self.predictor = Predictor(
             self.bundle,
@@ -98,7 +100,10 @@ class Server:
         key, clients = self.options.key, self.options.clients
         if key is None or clients is None:
             return None
-        return Doorkeeper(self.context, read_key_pair(Path(key)), Clients(Path(clients)), self.log)
+        pair = read_key_pair(Path(key))
+        if pair.public.decode() != self.options.public_key:
+            raise ConfigError(f"{key} is not the key that the daemon has read at its start: restart the daemon")
+        return Doorkeeper(self.context, pair, Clients(Path(clients)), self.log)
 
     def _learn_speed(self) -> None:
         """How long the smallest and the largest batch take: something to judge the first deadlines by."""

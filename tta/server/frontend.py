@@ -23,6 +23,7 @@ import zmq
 from tta import protocol
 from tta.auth import Doorkeeper, key_of
 from tta.bundle import Manifest
+from tta.connection import prepare_listener
 from tta.errors import CancelledError, Code, DeadlineError, InputError, TTAError, UnavailableError
 from tta.server.batcher import Batcher, Pending
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, ServerOptions
@@ -152,10 +153,7 @@ class Frontend:
         self._version = version
         self._log = log
         self._data = context.socket(zmq.ROUTER)
-        self._data.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that cannot be delivered is an error, not silence
-        # No ROUTER_HANDOVER: with heartbeats, a second client of the same identity aborts libzmq 4.3.5.
-        self._data.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)
-        self._data.setsockopt(zmq.LINGER, 1000)
+        prepare_listener(self._data, options.endpoint, options.max_message_bytes)
         self._data.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         self._data.setsockopt(zmq.HEARTBEAT_TIMEOUT, 20000)
         guarded = doorkeeper is not None and doorkeeper.guard(self._data, options.endpoint)
@@ -252,6 +250,8 @@ class Frontend:
             if self._doorkeeper is not None:
                 asks_only = isinstance(request, protocol.Ready | protocol.Metadata)
                 self._doorkeeper.clients.check(key, None if asks_only else "predict")
+                if isinstance(request, protocol.Predict | protocol.Cancel) and request.client:
+                    request.client = f"{key} {request.client}"  # a name is worth something beside its key only
             if isinstance(request, protocol.Predict):
                 self._admit(identity, request, body, key)
                 return
