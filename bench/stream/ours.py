@@ -156,7 +156,7 @@ class StreamDaemon(Daemon):
     """The daemon without its sockets."""
 
     def _bind(self) -> None:
-        return
+        return None
 
     def _make_processes(self) -> None:
         self.desk = Desk()

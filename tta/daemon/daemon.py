@@ -115,7 +115,7 @@ class Daemon:
         if warning:
             self.log.warning("reference_small", warning=warning)
         watch = Watch(self.bundle, self._first_calibration(), config.monitor, self.library)
-        self._bind(self._open_door())
+        self._doorkeeper = self._bind()
         self._make_processes()
         operation = Operation(
             config,
@@ -200,7 +200,6 @@ class Daemon:
 
     def _open_door(self) -> Doorkeeper | None:
         """Who asks clients for their keys, if anybody does."""
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         security = self.config.security
         if security.key is None or security.clients is None:
             if security.plaintext:
@@ -208,15 +207,18 @@ class Daemon:
             return None
         return Doorkeeper(self.context, read_key_pair(security.key), Clients(security.clients), self.log)
 
-    def _bind(self, doorkeeper: Doorkeeper | None) -> None:
+    def _bind(self) -> Doorkeeper | None:
+        """Open the sockets; who asks for keys at the control socket, if anybody does."""
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        doorkeeper = self._open_door()
         self._observations = self.context.socket(zmq.PULL)
         self._observations.setsockopt(zmq.RCVHWM, 1000)
         self._workers = self.context.socket(zmq.ROUTER)
         self._workers.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._control = self.context.socket(zmq.ROUTER)
         prepare_listener(self._control, self.config.daemon.control, self.config.server.max_message_bytes)
-        guarded = doorkeeper is not None and doorkeeper.guard(self._control, self.config.daemon.control)
-        self._doorkeeper = doorkeeper if guarded else None
+        if doorkeeper is not None and not doorkeeper.guard(self._control, self.config.daemon.control):
+            doorkeeper = None
         for socket, name, address in (
             (self._observations, "observations", self._ipc("observe")),
             (self._workers, "workers", self._ipc("workers")),
@@ -230,8 +232,9 @@ class Daemon:
         self._poller = zmq.Poller()
         for socket in (self._observations, self._workers, self._control):
             self._poller.register(socket, zmq.POLLIN)
-        if self._doorkeeper is not None:
-            self._poller.register(self._doorkeeper.socket, zmq.POLLIN)
+        if doorkeeper is not None:
+            self._poller.register(doorkeeper.socket, zmq.POLLIN)
+        return doorkeeper
 
     def _ipc(self, name: str) -> str:
         return f"ipc://{self.run_folder / name}.ipc"

@@ -15,6 +15,7 @@ from tta.monitor.stickiness import MIN_SAMPLES, Stickiness, measure, nearest
 
 REGIME_SLACK = 3.0  # a regime's own scale is known from a few hundred samples only
 HISTORY = 1024  # samples remembered
+FIRST = 16  # samples after a start before anything is an alarm
 MEASURE_EVERY = 2048  # samples between two measurements of the stickiness
 MEASURED = 512  # samples it is measured on in passing
 BEFORE = 64  # samples before an alarm's onset that are measured, apart from those since
@@ -101,7 +102,7 @@ class DriftMonitor:
         alarm = self._judge(samples)
         if not self.adaptive:
             return alarm
-        if alarm is not None and len(self.history) < MIN_SAMPLES:
+        if alarm is not None and len(self.history) < FIRST:
             return None  # too few to tell a shift from one picture shown again and again; the charts stay over
         new, self._over = alarm is not None and not self._over, alarm is not None
         if alarm is not None and new and self.wanted is None:
@@ -143,7 +144,9 @@ class DriftMonitor:
         Each by itself: across a change, far samples differ more than near ones, as copies would make them.
         """
         recent = self.history.newest(since + BEFORE)
-        for part in (recent[:-since], recent[-since:]):
+        # So few of them, of two pictures say, that a part tells nothing.
+        parts = (recent[:-since], recent[-since:]) if len(recent) >= 2 * FIRST else (recent,)
+        for part in parts:
             if len(part) >= MIN_SAMPLES:
                 self._want(*measure(part.w, part.predictions), len(part))
 
