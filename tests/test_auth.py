@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -20,11 +19,12 @@ from zmq.utils import z85
 
 from tests.waiting import until
 from tta import protocol
-from tta.auth import ROLES, Clients, Credentials, KeyPair, _zap, read_key_pair, write_key_pair
+from tta.auth import Clients, _zap
 from tta.client import AsyncClient, Client
 from tta.config import load_config
 from tta.connection import connect
 from tta.errors import Code, ConfigError, DeniedError, OverloadedError, TTAError, UnauthenticatedError
+from tta.keys import ROLES, Credentials, read_key_pair, write_key_pair
 from tta.scenario import DaemonProcess
 
 PEOPLE = {"camera": ["predict"], "annotator": ["label"], "operator": ["admin"], "guest": []}
@@ -237,6 +237,32 @@ def test_a_refused_client_gets_in_once_it_is_listed(guarded: Guarded) -> None:
     with guarded.client("stranger") as client:
         asyncio.run(go())
     guarded.allow(PEOPLE)
+
+
+def test_a_connection_that_is_refused_when_it_comes_back_says_so(guarded: Guarded) -> None:
+    """A client whose key has gone from the list while the daemon was down is told why, on both clients."""
+
+    async def go() -> None:
+        async with AsyncClient(
+            guarded.daemon.endpoint, guarded.daemon.control, 20.0, credentials=guarded.credentials("camera")
+        ) as other:
+            assert (await other.status())["state"] == camera.status()["state"]
+            guarded.daemon.stop()
+            listed = guarded.clients.read_text()
+            guarded.clients.write_text(json.dumps({"operator": json.loads(listed)["operator"]}))
+            guarded.daemon.start()
+            for _ in range(2):
+                with pytest.raises(UnauthenticatedError):
+                    camera.status()
+                with pytest.raises(UnauthenticatedError):
+                    await other.status()
+            guarded.clients.write_text(listed)
+            guarded.daemon.stop()
+            guarded.daemon.start()
+            assert (await other.status())["state"] == camera.status()["state"]
+
+    with guarded.client("camera") as camera:
+        asyncio.run(go())
 
 
 def test_a_name_is_worth_something_beside_its_key_only(guarded: Guarded) -> None:
@@ -470,12 +496,21 @@ def test_what_only_this_machine_reaches_needs_no_keys() -> None:
     assert open_.daemon.control == "tcp://*:5556"
 
 
-@given(st.lists(st.binary(max_size=40), max_size=9), st.booleans())
-def test_the_doorkeeper_lets_nobody_in_by_mistake(frames: list[bytes], curve: bool) -> None:
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Clients]:
+    """A key, and a list with it alone."""
+    key, _ = zmq.curve_keypair()
+    path = tmp_path_factory.mktemp("listed") / "clients.yaml"
+    path.write_text(f"a: {{key: '{key.decode()}', roles: []}}")
+    return key, Clients(path)
+
+
+@given(frames=st.lists(st.binary(max_size=40), max_size=9), curve=st.booleans())
+def test_the_doorkeeper_lets_nobody_in_by_mistake(
+    listed: tuple[bytes, Clients], frames: list[bytes], curve: bool
+) -> None:
     """Whatever libzmq might ask, an answer comes back, and it is yes only for a CURVE key on the list."""
-    key = KeyPair(*zmq.curve_keypair())
-    clients = Clients.__new__(Clients)
-    clients._by_key = {key.public.decode(): ("a", msgspec.convert({"key": "", "roles": []}, dict))}
+    key, clients = listed
     if curve and len(frames) >= 7:
         frames = [*frames[:5], b"CURVE", frames[6]]
 
@@ -483,8 +518,8 @@ def test_the_doorkeeper_lets_nobody_in_by_mistake(frames: list[bytes], curve: bo
     assert (answer[2], len(answer)) == (b"400", 6)
     assert refused is not None
 
-    answer, refused = _zap([b"1.0", b"1", b"tta", b"here", b"", b"CURVE", z85.decode(key.public)], clients)
-    assert (answer[2], answer[4], refused) == (b"200", key.public, None)
+    answer, refused = _zap([b"1.0", b"1", b"tta", b"here", b"", b"CURVE", z85.decode(key)], clients)
+    assert (answer[2], answer[4], refused) == (b"200", key, None)
 
 
 def test_the_roles_are_those_of_the_documentation() -> None:

@@ -11,6 +11,7 @@ MAY_BE_HEAVY = ("adapter/", "packaging/")
 MAY_OPEN_SOCKETS = {
     "auth.py",
     "connection.py",
+    "keys.py",
     "client.py",
     "daemon/daemon.py",
     "daemon/http.py",

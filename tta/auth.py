@@ -1,145 +1,31 @@
-"""Who may do what: key pairs, the list of clients, their roles, and the doorkeeper who asks for them.
+"""Who may do what: the list of clients, their roles and quotas, and the doorkeeper who asks for their keys.
 
 Over tcp both sides prove that they hold the secret half of their key pair and encrypt what they send (CurveZMQ,
 RFC 26 of ZeroMQ; Curve25519, keys written as 40 characters of Z85). Before a connection exists libzmq asks the
 doorkeeper of the process whether its key is on the list (ZAP, RFC 27); roles are asked for at every request, so
 that a key taken off the list is of no more use at once. Sockets of ipc need no keys: the permissions of their
 folder guard them.
-
-Key files are those of `zmq.auth`: NAME.key to give away, NAME.key_secret for its owner.
 """
 
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import msgspec
+import structlog
+import yaml
 import zmq
-import zmq.auth
 from zmq.utils import z85
 
 from tta.errors import ConfigError, DeniedError, InputError, OverloadedError
+from tta.keys import ROLES, KeyPair, Role, check_key
 
-if TYPE_CHECKING:  # the light client does without
-    import structlog
-
-Role = Literal["predict", "label", "admin"]
-ROLES: tuple[Role, ...] = ("predict", "label", "admin")
 MIN_WAIT_S = 0.001
 BURST = 64  # questions answered before anything else gets a turn
 TOLD_S = 1.0  # between two lines about who was turned away
 REFRESH_S = 1.0  # seconds between two looks at the list of clients
 ZAP = "inproc://zeromq.zap.01"
-
-
-@dataclass(frozen=True)
-class KeyPair:
-    """Both halves of a key, 40 characters of Z85 each."""
-
-    public: bytes
-    secret: bytes = field(repr=False)
-
-
-def read_public_key(path: Path) -> bytes:
-    """The public key of a certificate, public or secret.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    return _read(path)[0]
-
-
-def read_key_pair(path: Path) -> KeyPair:
-    """Both halves, of a secret certificate.
-
-    Raises:
-        ConfigError: there is none, or it has the public half only.
-    """
-    public, secret = _read(path)
-    if secret is None:
-        raise ConfigError(f"{path} holds the public half of a key only: name the file that ends in .key_secret")
-    if zmq.curve_public(secret) != public:
-        raise ConfigError(f"{path} holds halves of different keys: tta keygen makes a pair")
-    return KeyPair(public, secret)
-
-
-def _read(path: Path) -> tuple[bytes, bytes | None]:
-    try:
-        public, secret = zmq.auth.load_certificate(path)
-        for half in (public, secret or public):
-            _check_key(half.decode("ascii"))
-    except (OSError, ValueError, InputError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError(f"key file {path} cannot be read: {reason}; tta keygen makes one") from error
-    return public, secret
-
-
-def _check_key(text: str) -> None:
-    try:
-        right = len(text) == 40 and len(z85.decode(text)) == 32
-    except (ValueError, KeyError):
-        right = False
-    if not right:
-        raise InputError("no key: 40 characters of Z85 are wanted")
-
-
-def write_key_pair(folder: Path, name: str) -> tuple[Path, Path]:
-    """Make a key pair: NAME.key, and NAME.key_secret that only its owner can read.
-
-    Raises:
-        ConfigError: a file of that name exists, or the folder cannot be written.
-    """
-    public, secret = folder / f"{name}.key", folder / f"{name}.key_secret"
-    for path in (public, secret):
-        if path.exists():
-            raise ConfigError(f"{path} exists: a key is not written over; choose another name or remove it")
-    before = os.umask(0o077)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        zmq.auth.create_certificates(folder, name)
-    except OSError as error:
-        raise ConfigError(f"no key can be written into {folder}: {error.strerror}") from error
-    finally:
-        os.umask(before)
-    public.chmod(0o644)
-    return public, secret
-
-
-@dataclass(frozen=True)
-class Credentials:
-    """What a client needs over tcp: its own key pair, and the public key by which it knows the daemon."""
-
-    key: KeyPair
-    server_key: bytes
-
-    @classmethod
-    def read(cls, key: Path | str, server_key: Path | str) -> "Credentials":
-        """From files.
-
-        Args:
-            key: the client's NAME.key_secret.
-            server_key: the daemon's public certificate, or the 40 characters themselves.
-
-        Raises:
-            ConfigError: one is not there or is no key.
-        """
-        try:
-            if Path(server_key).is_file():
-                raise InputError("it is a file")
-            _check_key(str(server_key))
-            server = str(server_key).encode("ascii")
-        except (InputError, UnicodeEncodeError, OSError):
-            server = read_public_key(Path(server_key))
-        return cls(read_key_pair(Path(key)), server)
-
-    def show_on(self, socket: Any) -> None:
-        """Let a socket, not connected yet, use them."""
-        socket.curve_serverkey = self.server_key
-        socket.curve_publickey = self.key.public
-        socket.curve_secretkey = self.key.secret
 
 
 class AllowedClient(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -182,8 +68,6 @@ def _listed(text: str) -> dict[str, AllowedClient]:
         ValueError: no YAML (in some ways), or a name that is there twice, of which YAML would take the last.
         msgspec.MsgspecError: no YAML (in others), or no list of clients.
     """
-    import yaml  # the light client does without
-
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -220,7 +104,7 @@ class Clients:
         try:
             listed = _listed(self._path.read_text())
             for name, entry in listed.items():
-                _check_key(entry.key)
+                check_key(entry.key)
                 for what in (entry.images_s, entry.labels_s):
                     if what is not None and not 0 < what < float("inf"):
                         raise InputError(f"{name}: {what} a second: write a number above 0")
@@ -319,7 +203,7 @@ class Doorkeeper:
         context: "zmq.Context[zmq.Socket[bytes]]",
         key: KeyPair,
         clients: Clients,
-        log: "structlog.typing.FilteringBoundLogger",
+        log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.clients = clients
         self._key = key

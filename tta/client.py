@@ -22,7 +22,6 @@ import zmq
 import zmq.asyncio
 
 from tta import protocol
-from tta.auth import Credentials
 from tta.connection import Connection
 from tta.errors import (
     ConfigError,
@@ -33,6 +32,7 @@ from tta.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from tta.keys import Credentials
 from tta.outstanding import Answer, Outstanding, Send
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -141,6 +141,8 @@ def endpoints_of(endpoint: str | Sequence[str]) -> list[str]:
 class _Connections:
     """What both clients have: names, endpoints, and the requests that are not answered."""
 
+    _context: Any
+
     def __init__(
         self,
         endpoint: str | Sequence[str],
@@ -189,16 +191,33 @@ class _Connections:
         self._outstanding.add(request, [], 0, time.monotonic() + self.timeout_s)
         return request.id
 
-    def _connect(self, context: Any, endpoint: str, queue: bool = False) -> Connection:
-        return Connection(context, endpoint, self.timeout_s, queue, self._credentials)
+    def _connect(self, endpoint: str, queue: bool = False) -> Connection:
+        return Connection(self._context, endpoint, self.timeout_s, queue, self._credentials)
 
-    def _connect_servers(self, context: Any) -> None:
+    def _connect_servers(self) -> None:
         try:
             for name in self._endpoints:
-                self._servers.append(self._connect(context, name))
+                self._servers.append(self._connect(name))
         except ConfigError:
             self._close_all()
             raise
+
+    def _listen(self, endpoint: int) -> None:
+        """Begin to hear what comes from a server."""
+        raise NotImplementedError
+
+    def _drop(self, connection: Connection) -> None:
+        """Hear it no more, and close it."""
+        raise NotImplementedError
+
+    def _knock(self) -> None:
+        """Try again where a server has refused us a while ago."""
+        for endpoint, connection in enumerate(self._servers):
+            if connection.is_due:
+                self._drop(connection)
+                self._servers[endpoint] = self._connect(connection.endpoint)
+                self._listen(endpoint)
+                self._outstanding.knock(endpoint, time.monotonic())
 
     def _close_all(self) -> None:
         for connection in (*self._servers, self._daemon):
@@ -247,7 +266,7 @@ class Client(_Connections):
         credentials: Credentials | None = None,
     ) -> None:
         super().__init__(endpoint, control, timeout_s, window, retry, credentials)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = zmq.Context()
         self._poller = zmq.Poller()
 
     def __enter__(self) -> "Client":
@@ -394,13 +413,18 @@ class Client(_Connections):
         if self._context.closed:
             raise PreconditionError("the client is closed")
         if self._daemon is None:
-            self._daemon = self._connect(self._context, self._control, queue=True)
+            self._daemon = self._connect(self._control, queue=True)
+        try:
+            self._daemon.socket.send_multipart(message, zmq.NOBLOCK)
+        except zmq.Again:  # refused since we last looked: libzmq does not knock again
+            self._daemon.close()
+            self._daemon = self._connect(self._control, queue=True)
+            self._daemon.socket.send_multipart(message, zmq.NOBLOCK)
         connection, request_id = self._daemon, protocol.request_id(message)
         socket, monitor = connection.socket, connection.monitor
         poller = zmq.Poller()
         for each in (socket, monitor):
             poller.register(each, zmq.POLLIN)
-        socket.send_multipart(message)
         end = time.monotonic() + self.timeout_s
         while ready := dict(poller.poll(max(0, round((end - time.monotonic()) * 1000)))):
             if monitor in ready:
@@ -430,9 +454,7 @@ class Client(_Connections):
         """Take what has arrived, send what is due; if that finished nothing, wait for more up to `until`."""
         if not self._servers:
             self._open()
-        for i, connection in enumerate(self._servers):
-            if connection.is_due:
-                self._replace(i)
+        self._knock()
         before = len(self._outstanding.finished)
         self._take(0.0)
         now = time.monotonic()
@@ -464,23 +486,19 @@ class Client(_Connections):
     def _open(self) -> None:
         if self._context.closed:
             raise PreconditionError("the client is closed")
-        self._connect_servers(self._context)
-        for connection in self._servers:
-            self._listen(connection)
+        self._connect_servers()
+        for endpoint in range(len(self._servers)):
+            self._listen(endpoint)
 
-    def _listen(self, connection: Connection) -> None:
+    def _listen(self, endpoint: int) -> None:
+        connection = self._servers[endpoint]
         for socket in (connection.socket, connection.monitor):
             self._poller.register(socket, zmq.POLLIN)
 
-    def _replace(self, endpoint: int) -> None:
-        """Knock again where the door was shut."""
-        old = self._servers[endpoint]
-        for socket in (old.socket, old.monitor):
+    def _drop(self, connection: Connection) -> None:
+        for socket in (connection.socket, connection.monitor):
             self._poller.unregister(socket)
-        old.close()
-        self._servers[endpoint] = self._connect(self._context, old.endpoint)
-        self._listen(self._servers[endpoint])
-        self._outstanding.knock(endpoint, time.monotonic())
+        connection.close()
 
 
 class AsyncClient(_Connections):
@@ -507,7 +525,7 @@ class AsyncClient(_Connections):
 
     async def __aenter__(self) -> "AsyncClient":
         try:
-            self._connect_servers(self._context)
+            self._connect_servers()
             self._connect_daemon()
         except ConfigError:
             self._close_all()
@@ -518,7 +536,7 @@ class AsyncClient(_Connections):
         return self
 
     def _connect_daemon(self) -> Connection:
-        self._daemon = connection = self._connect(self._context, self._control, queue=True)
+        self._daemon = connection = self._connect(self._control, queue=True)
         work = (self._read_control(connection.socket), self._watch_control(connection))
         self._tasks[connection] = [asyncio.create_task(each) for each in work]
         return connection
@@ -604,9 +622,7 @@ class AsyncClient(_Connections):
             del self._predicting[request_id]
 
     def _send(self, send: Send) -> None:
-        # With zmq.asyncio a message that cannot go now is done with its exception.
-        sent: Any = self._servers[send.endpoint].socket.send_multipart(send.frames, zmq.NOBLOCK)
-        if sent.done() and isinstance(sent.exception(), zmq.Again):
+        if not _sent(self._servers[send.endpoint], send.frames):
             self._outstanding.unsent(send, time.monotonic())
 
     def _fail(self, error: TTAError) -> None:
@@ -618,12 +634,7 @@ class AsyncClient(_Connections):
 
     def _turn(self) -> None:
         """Send what is due, hand out what is finished, and come back when something is due next."""
-        for i, connection in enumerate(self._servers):
-            if connection.is_due:  # knock again where the door was shut
-                self._drop(connection)
-                self._servers[i] = self._connect(self._context, connection.endpoint)
-                self._listen(i)
-                self._outstanding.knock(i, time.monotonic())
+        self._knock()
         for send in self._outstanding.advance(time.monotonic()):
             self._send(send)
         finished = self._outstanding.finished
@@ -670,7 +681,10 @@ class AsyncClient(_Connections):
                 self._drop(connection)
             connection = self._connect_daemon()
         async with self._expect(protocol.request_id(frames)) as answer:
-            await connection.socket.send_multipart(frames)
+            if not _sent(connection, frames):  # refused since we last heard: libzmq does not knock again
+                self._drop(connection)
+                connection = self._connect_daemon()
+                _sent(connection, frames)
             try:
                 return _checked(await asyncio.wait_for(answer, self.timeout_s))
             except TimeoutError:
@@ -690,3 +704,9 @@ class AsyncClient(_Connections):
             answer = self._calling.get(protocol.reply_id(frames))
             if answer is not None and not answer.done():
                 answer.set_result(frames)
+
+
+def _sent(connection: Connection, frames: list[bytes]) -> bool:
+    """Send over a connection of asyncio's; False if the message cannot go now."""
+    sent: Any = connection.socket.send_multipart(frames, zmq.NOBLOCK)
+    return not (sent.done() and isinstance(sent.exception(), zmq.Again))  # then it is done at once

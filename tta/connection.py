@@ -7,8 +7,8 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from tta.auth import Credentials
 from tta.errors import ConfigError, UnauthenticatedError
+from tta.keys import Credentials
 
 BROKEN_HANDSHAKES = 3  # in a row, after which a silent server has not just gone down in the middle of one
 HANDSHAKE_MS = 5000  # that a connection may last without saying who it is
@@ -33,16 +33,6 @@ def connect(
         ConfigError: the endpoint is no address.
     """
     socket = context.socket(zmq.DEALER)
-    _prepare(socket, endpoint, timeout_s, queue, credentials)
-    try:
-        socket.connect(endpoint)
-    except zmq.ZMQError as error:
-        socket.close()
-        raise ConfigError(f"endpoint {endpoint!r} is no address: write tcp://HOST:PORT or ipc://PATH") from error
-    return socket
-
-
-def _prepare(socket: Any, endpoint: str, timeout_s: float, queue: bool, credentials: Credentials | None) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDTIMEO, round(timeout_s * 1000))
     socket.setsockopt(zmq.RCVHWM, 0)  # the client asked for every answer: none is dropped on its side
@@ -52,6 +42,12 @@ def _prepare(socket: Any, endpoint: str, timeout_s: float, queue: bool, credenti
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     if credentials is not None and endpoint.startswith("tcp:"):
         credentials.show_on(socket)
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigError(f"endpoint {endpoint!r} is no address: write tcp://HOST:PORT or ipc://PATH") from error
+    return socket
 
 
 def prepare_listener(socket: Any, endpoint: str, max_message_bytes: int) -> None:

@@ -106,7 +106,6 @@ class Outstanding:
         self._again: list[_Request] = []  # to be sent to the endpoint where they are
         self._cancels: list[Send] = []  # of requests that have left an endpoint
         self._alarms: list[tuple[float, int, _Request]] = []  # when a request is due or given up
-        self._all_shut = ""  # what to say when no endpoint lets us in
         self._count = itertools.count()
         self._random = random.Random()
 
@@ -135,9 +134,9 @@ class Outstanding:
 
     def advance(self, now: float) -> list[Send]:
         """What is to be sent now. Requests whose time is up move to `finished`."""
-        if self._all_shut:
+        if all(e.shut for e in self._endpoints):
             for entry in list(self._requests.values()):
-                self._finish(entry, UnauthenticatedError(self._all_shut))
+                self._finish(entry, UnauthenticatedError(self._endpoints[-1].shut))
         while self._alarms and self._alarms[0][0] <= now:
             entry = heapq.heappop(self._alarms)[2]
             if not self._is_alive(entry):
@@ -197,7 +196,6 @@ class Outstanding:
         header, tensors = protocol.decode_reply(frames)
         place, request_id, code = self._endpoints[endpoint], header.get("id", 0), header.get("code", 0)
         place.heard, place.connects_at, place.unsent_s, place.shut = now, 0.0, UNSENT_S, ""
-        self._all_shut = ""
         if request_id == PROBE_ID:
             place.usable = bool(header.get("ready"))
             return
@@ -230,14 +228,11 @@ class Outstanding:
     def shut_out(self, endpoint: int, why: str) -> None:
         """An endpoint does not let us in. If none does, all that is asked is answered so until we knock again."""
         self._endpoints[endpoint].shut = why
-        if all(e.shut for e in self._endpoints):
-            self._all_shut = why
 
     def knock(self, endpoint: int, now: float) -> None:
         """Another connection has been opened where one was refused."""
         place = self._endpoints[endpoint]
         place.shut, place.connects_at, place.unsent_s, place.probe_at = "", 0.0, UNSENT_S, now
-        self._all_shut = ""
 
     def cancel(self, request_id: RequestId) -> Send | None:
         """What to send so that a request is dropped; one that is nowhere else is finished here."""

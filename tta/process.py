@@ -1,4 +1,4 @@
-"""What every worker process does first: lower its priority and die with its parent."""
+"""What processes do first: workers lower their priority and die with their parent, others take their files."""
 
 import contextlib
 import ctypes

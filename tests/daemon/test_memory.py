@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from tta.daemon.files import read_json, write_json
 from tta.daemon.labels import LabelBuffer, Labelled, fits
 from tta.daemon.ledger import Entry, Ledger
 from tta.daemon.library import HOME, Library
@@ -176,6 +177,7 @@ import sys
 import numpy as np
 from pathlib import Path
 from tests.daemon.test_memory import labelled
+from tta.daemon.files import read_json, write_json
 from tta.daemon.labels import LabelBuffer
 buffer = LabelBuffer(Path(sys.argv[1]), 5000, 0.6, (4, 4, 3))
 for i in range(10**6):
@@ -309,6 +311,23 @@ def test_a_damaged_file_is_noticed_and_set_aside(tmp_path: Path, how: str) -> No
         "library.json",
     ]
     assert all(Path(p).is_file() for p in aside)
+
+
+def test_a_regime_that_cannot_be_read_is_forgotten_alone(tmp_path: Path) -> None:
+    """A fingerprint that is gone, or an entry of another release, costs that regime and keeps nothing down."""
+    rng = np.random.default_rng(0)
+    home, *others = (fingerprint(rng.normal(m, 1, (400, 6)), np.zeros(400, np.int64)) for m in (0, 3, -3, 6))
+    library = Library(tmp_path, home, 0.9, 4)
+    gone, strange, sound = (library.add(i, "input", 0.8, f, i).number for i, f in enumerate(others, 1))
+    (tmp_path / "regimes" / f"{gone:06d}.safetensors").unlink()
+    content = read_json(tmp_path / "library.json")
+    next(r for r in content["regimes"] if r["number"] == strange)["mood"] = "new"
+    write_json(tmp_path / "library.json", content)
+
+    again = Library(tmp_path, home, 0.9, 4)
+
+    assert set(again.regimes) == {HOME, sound}
+    assert len(again.damaged) == 2
 
 
 def test_the_newest_version_that_verifies_is_found(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from tta.auth import ROLES, Role, read_public_key, write_key_pair
 from tta.commands.output import Json, print_json
 from tta.errors import InputError
+from tta.keys import ROLES, Role, read_public_key, write_key_pair
 
 
 def register(app: typer.Typer) -> None:

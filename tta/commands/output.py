@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tta.auth import Credentials
 from tta.client import DEFAULT_CONTROL, DEFAULT_ENDPOINT, Client
 from tta.errors import ConfigError
+from tta.keys import Credentials
 
 Endpoint = Annotated[
     str, typer.Option("--endpoint", envvar="TTA_ENDPOINT", help="Where the server takes predictions.")

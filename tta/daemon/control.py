@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from tta import protocol
-from tta.auth import Clients, Role
+from tta.auth import Clients
 from tta.bundle import Manifest
 from tta.config import Config
 from tta.daemon.asking import rank
@@ -23,6 +23,7 @@ from tta.daemon.servers import Servers
 from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
 from tta.errors import Code, DeniedError, InputError, PreconditionError, TTAError, from_wire
+from tta.keys import Role
 from tta.monitor.reference import confidence
 from tta.versions import SOURCE
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from tta.auth import Clients, Doorkeeper, key_of, read_key_pair
+from tta.auth import Clients, Doorkeeper, key_of
 from tta.bundle import load_bundle, source_is_importable
 from tta.config import Config
 from tta.connection import prepare_listener
@@ -37,6 +37,7 @@ from tta.daemon.store import Store
 from tta.daemon.treatment import Treatment
 from tta.daemon.watch import Watch, calibrated_for
 from tta.errors import ConfigError, TTAError
+from tta.keys import read_key_pair
 from tta.monitor.calibration import Calibration, reference_warning
 from tta.monitor.regimes import fingerprint
 from tta.monitor.stickiness import nearest
@@ -280,7 +281,8 @@ class Daemon:
             now = self._ticked = time.monotonic()
             if self._doorkeeper is not None:
                 refused = self._doorkeeper.attend()
-                self.metrics.commands_refused.labels("unauthenticated").inc(refused)
+                if refused:
+                    self.metrics.commands_refused.labels("unauthenticated").inc(refused)
             # Observations first: a label must find its prediction.
             self._drain(self._observations, self._observe)
             if self._workers in ready:

@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 from tta.errors import DamagedError
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 CHECKSUM = "sha256"
 
 
@@ -60,16 +61,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DamagedError: it is not what was written, or cannot be read.
     """
-    try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        checksum = content.pop(CHECKSUM)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path} is damaged: {error!r}") from error
-    if checksum != _of_json(content):
-        raise DamagedError(f"{path} is damaged: its checksum is of other content")
-    return content
+
+    def opened(data: bytes) -> tuple[dict[str, Any], str]:
+        content: dict[str, Any] = json.loads(data)
+        return content, content.pop(CHECKSUM)
+
+    return _read(path, opened, _of_json)
 
 
 def _of_json(content: Mapping[str, Any]) -> str:
@@ -88,18 +85,12 @@ def read_arrays(path: Path) -> dict[str, Array]:
     Raises:
         DamagedError: it is not what was written, or cannot be read.
     """
-    try:
-        data = path.read_bytes()
-        arrays: dict[str, Array] = load(data)
+
+    def opened(data: bytes) -> tuple[dict[str, Array], str]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        checksum = header["__metadata__"][CHECKSUM]
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise DamagedError(f"{path} is damaged: {error!r}") from error
-    if checksum != _of_arrays(arrays):
-        raise DamagedError(f"{path} is damaged: its checksum is of other content")
-    return arrays
+        return load(data), header["__metadata__"][CHECKSUM]
+
+    return _read(path, opened, _of_arrays)
 
 
 def _of_arrays(arrays: Mapping[str, Array]) -> str:
@@ -108,6 +99,20 @@ def _of_arrays(arrays: Mapping[str, Array]) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _read(
+    path: Path, opened: Callable[[bytes], tuple[dict[str, T], str]], checksum_of: Callable[[Mapping[str, T]], str]
+) -> dict[str, T]:
+    try:
+        content, checksum = opened(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise DamagedError(f"{path} is damaged: {error!r}") from error
+    if checksum != checksum_of(content):
+        raise DamagedError(f"{path} is damaged: its checksum is of other content")
+    return content
 
 
 def set_aside(path: Path) -> Path:

@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS spans ( -- of the stream, and the regime its traffic 
 );
 """
 CHECKED_BYTES = 256 << 20  # of a file read through at each start; of a larger one damage shows when it is used
+INSERT = "INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?,?,?)"
 RETRY_S = 5.0  # until labels that could not be stored may be sent again
 MAX_SPANS = 4096  # remembered; older labels belong to no regime any more
 # "Right" is said of what the serving version got right: a sample that no other version can look better on.
@@ -140,7 +141,9 @@ class LabelBuffer:
                 beside.rename(aside.with_name(aside.name + suffix))
         fresh = _open(path)
         found = _readable(aside)
-        fresh.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?,?,?)", found)
+        fresh.execute("BEGIN")  # one wait for the disk, not one for each
+        fresh.executemany(INSERT, found)
+        fresh.execute("COMMIT")
         self.damaged[str(aside)] = f"{path} is damaged: {error}; {len(found)} labels could be read"
         return fresh
 
@@ -171,7 +174,7 @@ class LabelBuffer:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             known = {i for i in (r.prediction_id for r in labelled) if self._has(i)}
-            self._db.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?,?,?)", rows)
+            self._db.executemany(INSERT, rows)
             excess = len(self) - self.capacity
             if excess > 0:
                 self._db.execute(

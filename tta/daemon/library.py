@@ -75,12 +75,13 @@ class Library:
             self.damaged[str(set_aside(path))] = str(error)
             return
         for entry in entries:
+            file = self._root / entry["fingerprint"]
             try:
                 loaded = {"fingerprint": self._load_fingerprint(entry["fingerprint"])}
-            except DamagedError as error:
-                self.damaged[str(set_aside(self._root / entry["fingerprint"]))] = str(error)
+                regime = Regime(**{**entry, **loaded, "keys": tuple(entry.get("keys", ()))})
+            except (DamagedError, KeyError, TypeError, ValueError) as error:  # or of another release
+                self.damaged[str(set_aside(file) if file.is_file() else file)] = str(error)
                 continue
-            regime = Regime(**{**entry, **loaded, "keys": tuple(entry.get("keys", ()))})
             self.regimes[regime.number] = regime
 
     def _load_fingerprint(self, name: str) -> Fingerprint | None:

@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 import zmq
 
-from tta.auth import read_public_key
 from tta.config import MAX_SERVERS, Config
 from tta.daemon.links import ServerLink
 from tta.daemon.processes import Logger, Process, is_alive
 from tta.devices import device_of, n_gpus
 from tta.errors import ConfigError
+from tta.keys import read_public_key
 from tta.server.options import ServerOptions
 
 POLL_S = 0.05
@@ -241,7 +241,7 @@ class Servers:
             self._log.error("server_failed", name=link.process.name, error=why)
 
     def _is_ours(self, hello: Reply, number: int) -> bool:
-        """Whether a running server is the one we would start; one of another release never is."""
+        """Whether a running server is the one we would start, as far as its options tell."""
         try:
             theirs = msgspec.convert(hello["options"], ServerOptions)
         except (msgspec.ValidationError, KeyError):

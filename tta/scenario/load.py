@@ -16,9 +16,9 @@ import numpy.typing as npt
 import zmq
 
 from tta import protocol
-from tta.auth import Credentials
 from tta.connection import connect
 from tta.errors import Code, ConfigError
+from tta.keys import Credentials
 
 TELL_S = 0.1  # seconds between two reports of progress
 QUANTILES = (0.5, 0.95, 0.99)

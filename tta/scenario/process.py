@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tta.auth import Credentials
 from tta.client import Client
 from tta.errors import TTAError, UnavailableError
+from tta.keys import Credentials
 
 START_S = 90.0
 

@@ -25,9 +25,10 @@ import structlog
 import zmq
 
 from tta import log
-from tta.auth import Clients, Doorkeeper, read_key_pair
+from tta.auth import Clients, Doorkeeper
 from tta.bundle import load_bundle
 from tta.errors import ConfigError, TTAError, UnavailableError
+from tta.keys import read_key_pair
 from tta.process import allow_files
 from tta.server.batcher import Batcher, Pending
 from tta.server.frontend import Computed, Failed, Frontend, Statistics, send

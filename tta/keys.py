@@ -1,0 +1,131 @@
+"""Key pairs, the roles a key may have, and what a client shows over tcp.
+
+Key files are those of `zmq.auth`: NAME.key to give away, NAME.key_secret for its owner. Keys are Curve25519,
+written as 40 characters of Z85.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import zmq
+import zmq.auth
+from zmq.utils import z85
+
+from tta.errors import ConfigError, InputError
+
+Role = Literal["predict", "label", "admin"]
+ROLES: tuple[Role, ...] = ("predict", "label", "admin")
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """Both halves of a key, 40 characters of Z85 each."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+
+
+def read_public_key(path: Path) -> bytes:
+    """The public key of a certificate, public or secret.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return _read(path)[0]
+
+
+def read_key_pair(path: Path) -> KeyPair:
+    """Both halves, of a secret certificate.
+
+    Raises:
+        ConfigError: there is none, or it has the public half only.
+    """
+    public, secret = _read(path)
+    if secret is None:
+        raise ConfigError(f"{path} holds the public half of a key only: name the file that ends in .key_secret")
+    if zmq.curve_public(secret) != public:
+        raise ConfigError(f"{path} holds halves of different keys: tta keygen makes a pair")
+    return KeyPair(public, secret)
+
+
+def _read(path: Path) -> tuple[bytes, bytes | None]:
+    try:
+        public, secret = zmq.auth.load_certificate(path)
+        for half in (public, secret or public):
+            check_key(half.decode("ascii"))
+    except (OSError, ValueError, InputError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"key file {path} cannot be read: {reason}; tta keygen makes one") from error
+    return public, secret
+
+
+def check_key(text: str) -> None:
+    """Whether a text is a key.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        right = len(text) == 40 and len(z85.decode(text)) == 32
+    except (ValueError, KeyError):
+        right = False
+    if not right:
+        raise InputError("no key: 40 characters of Z85 are wanted")
+
+
+def write_key_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    """Make a key pair: NAME.key, and NAME.key_secret that only its owner can read.
+
+    Raises:
+        ConfigError: a file of that name exists, or the folder cannot be written.
+    """
+    public, secret = folder / f"{name}.key", folder / f"{name}.key_secret"
+    for path in (public, secret):
+        if path.exists():
+            raise ConfigError(f"{path} exists: a key is not written over; choose another name or remove it")
+    before = os.umask(0o077)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        zmq.auth.create_certificates(folder, name)
+    except OSError as error:
+        raise ConfigError(f"no key can be written into {folder}: {error.strerror}") from error
+    finally:
+        os.umask(before)
+    public.chmod(0o644)
+    return public, secret
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a client needs over tcp: its own key pair, and the public key by which it knows the daemon."""
+
+    key: KeyPair
+    server_key: bytes
+
+    @classmethod
+    def read(cls, key: Path | str, server_key: Path | str) -> "Credentials":
+        """From files.
+
+        Args:
+            key: the client's NAME.key_secret.
+            server_key: the daemon's public certificate, or the 40 characters themselves.
+
+        Raises:
+            ConfigError: one is not there or is no key.
+        """
+        try:
+            if Path(server_key).is_file():
+                raise InputError("it is a file")
+            check_key(str(server_key))
+            server = str(server_key).encode("ascii")
+        except (InputError, UnicodeEncodeError, OSError):
+            server = read_public_key(Path(server_key))
+        return cls(read_key_pair(Path(key)), server)
+
+    def show_on(self, socket: Any) -> None:
+        """Let a socket, not connected yet, use them."""
+        socket.curve_serverkey = self.server_key
+        socket.curve_publickey = self.key.public
+        socket.curve_secretkey = self.key.secret
