@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -413,6 +414,31 @@ def test_a_quota_refuses_what_is_too_much_and_says_when_to_come_again(guarded: G
         until(labels_refused, "the quota of labels")
     with Client(*addresses, 20.0, credentials=credentials) as patient:
         assert len(patient.predict(image).logits) == 6  # it comes again when it is told to
+    guarded.allow(PEOPLE)
+
+
+def test_labels_of_two_clients_are_held_against_each_other(guarded: Guarded) -> None:
+    """What two clients label differently is contested, the one who contradicts is in status, metrics and log."""
+    guarded.allow({**PEOPLE, "stranger": ["label"]})
+    images = np.random.default_rng(3).integers(0, 256, (64, *IMAGE.shape[1:]), np.uint8)
+    with guarded.client("camera") as camera, guarded.client("annotator") as annotator:
+        answer = camera.predict(images)
+        right = [int(c) for c in answer.logits.argmax(axis=1)]
+        wrong = [(c + 1) % 10 for c in right]
+        ids = list(answer.prediction_ids)
+        assert annotator.label(ids[:32], right[:32]) == ["joined"] * 32
+        with guarded.client("stranger") as stranger:
+            assert stranger.label(ids[31:], wrong[31:]) == ["contested"] + ["joined"] * 32
+    with guarded.client("operator") as operator:
+        named = {each["client"]: each for each in operator.status()["clients_disagree"]}
+        assert set(named) == {"annotator", "stranger"}  # of two, nobody can say which
+        assert (named["stranger"]["labels"], named["stranger"]["errors"]) == (32, 32)
+        assert operator.label([ids[31]], [right[31]]) == ["joined"]  # an admin settles it
+    with urllib.request.urlopen(f"http://{guarded.daemon.http}/metrics", timeout=10) as reply:
+        page = reply.read().decode()
+    assert 'tta_client_disagrees{client="stranger"} 1.0' in page
+    assert 'tta_labels_total{outcome="contested"} 1.0' in page
+    assert '"client_disagrees"' in guarded.daemon.log_path.read_text()
     guarded.allow(PEOPLE)
 
 

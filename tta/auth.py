@@ -145,6 +145,10 @@ class Clients:
     def __len__(self) -> int:
         return len(self._by_key)
 
+    def roles(self) -> dict[str, list[Role]]:
+        """Everybody on the list, and what they may."""
+        return {name: entry.roles for name, entry in self._by_key.values()}
+
     def name_of(self, key: str) -> str | None:
         """Whose key this is; None for nobody's on the list."""
         found = self._by_key.get(key)

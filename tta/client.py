@@ -388,7 +388,8 @@ class Client(_Connections):
             x: (N, H, W, C) uint8 images the labels belong to, instead of `prediction_ids`.
 
         Returns:
-            For each: "joined", "no_input" (counted, but the image is not kept), "expired" or "unknown".
+            For each: "joined", "no_input" (counted, but the image is not kept), "expired", "unknown", or
+            "contested": another client has labelled it differently, and neither label is used.
             When this returns, joined labels are on disk.
         """
         return list(

@@ -125,6 +125,12 @@ class LabelsConfig(Section):
 
     capacity: int = Field(20_000, ge=16, description="labels kept on disk")
     fit_fraction: float = Field(0.6, gt=0, lt=1, description="share of labels to fit; the rest judges")
+    client_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="of the labels used that one client may have given, where several may label; 1: all",
+    )
 
 
 class AdaptConfig(Section):

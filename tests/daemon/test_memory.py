@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -118,23 +117,6 @@ def test_feedback_fits_and_judges_nothing(tmp_path: Path) -> None:
     assert buffer.count(0) == 21
     assert buffer.n_feedback(20) == 39
     buffer.close()
-
-
-def test_labels_of_an_earlier_release_are_taken_over(tmp_path: Path) -> None:
-    """A buffer without the column for feedback gets it; labels without a class were feedback."""
-    path = tmp_path / "l.sqlite"
-    buffer = LabelBuffer(path, 5000, 0.6, (4, 4, 3))
-    buffer.add([labelled(0), labelled(1, None)])
-    buffer.close()
-    db = sqlite3.connect(path)
-    db.execute("ALTER TABLE labels DROP COLUMN feedback")
-    db.commit()
-    db.close()
-
-    again = LabelBuffer(path, 5000, 0.6, (4, 4, 3))
-
-    assert (again.count(0), again.n_feedback(0)) == (1, 1)
-    again.close()
 
 
 def test_a_late_label_finds_its_regime(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ DETAILS = (  # of an event, worth a person's glance; the log has all
     "reason",
     "wanted",
     "process",
+    "client",
     "error",
     "predicted_loss",
     "effect",
@@ -52,10 +53,12 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
     lines = [f"{now['name']}: {state}, version {now['version']}, regime {now['regime']}, mode {now['mode']}"]
     shift = now["shift"]
     if shift:
+        unused = shift["labels_given"] - shift["labels"]
         worth = {None: "being weighed", True: "worth acting on", False: "no reason to act"}[shift["actionable"]]
         lines.append(
             f"  shift      {shift['kind'] or 'not diagnosed yet'}, found by {shift['cause']}, {worth}, "
             f"{shift['labels']} of {shift['labels_wanted']} labels"
+            + (f" ({unused} more, see labels.client_share)" if unused else "")
             + (f", only {', '.join(shift['keys'])}" if shift["keys"] else "")
             + (f", version {shift['proposal']} waits for `tta approve`" if shift["proposal"] else "")
         )
@@ -80,6 +83,9 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
         f"  accuracy   {accuracy or 'no labels yet'} ({now['labels_buffered']} on disk); "
         f"source's by its confidence {100 * now['predicted_accuracy']:.0f} %"
     )
+    for each in now["clients_disagree"]:
+        own, others = _share(each["errors"], each["labels"]), _share(each["others_errors"], each["others"])
+        lines.append(f"  labels     client {each['client']!r} disagrees: calls {own} wrong, the others {others}")
     up = ", ".join(
         f"{name} {'up' if p['ready'] else 'idle' if p['pid'] is None else 'starting'}"
         + (f" (restarted {p['restarts']}×)" if p["restarts"] else "")
@@ -99,6 +105,10 @@ def _diagnosis_lines(diagnosis: dict[str, Any] | None) -> list[str]:
         f"depth {100 * diagnosis['depth']:.0f} %",
         *(f"             {channel}" for channel in diagnosis["channels"][:2]),
     ]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({100 * part / whole:.0f} %)"
 
 
 def _number(value: float) -> str:

@@ -1,6 +1,6 @@
 """The control socket's operations: labels in, answers and commands out."""
 
-import time
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from tta.config import Config
 from tta.daemon.asking import rank
 from tta.daemon.cycle import State
 from tta.daemon.hand import Hand
+from tta.daemon.labellers import Disagreement, disagreeing
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger
 from tta.daemon.metrics import Metrics
@@ -29,8 +30,9 @@ from tta.versions import SOURCE
 
 Reply = dict[str, Any]
 MAX_LABELS = 1024  # in one request
+IMAGE_ID_BITS = 52  # of the number of a request's labelled images; times MAX_LABELS they fit SQLite's 63
 MAX_ASKED = 100_000
-RECENT = 1000  # predictions that `ask` chooses from
+RECENT = 1000  # predictions that `ask` chooses from, and labels by which clients are compared
 
 
 def role_for(request: protocol.ControlRequest) -> Role | None:
@@ -62,6 +64,9 @@ class Control:
     log: Logger
     clients: Clients | None = None  # None: nobody is asked for a key
     asked: dict[int, None] = field(default_factory=dict)  # predictions named by `ask`, oldest first
+    disagreeing: dict[str, Disagreement] = field(
+        default_factory=dict
+    )  # clients whose labels contradict the others'
 
     def handle(self, frames: list[bytes], respond: Callable[[Reply], None], key: str = "") -> None:
         """Answer one request, at once or when the server has swapped; errors become codes.
@@ -82,15 +87,15 @@ class Control:
         try:
             request = protocol.decode_control(frames)
             role = role_for(request)
-            client = self.clients.check(key, role) if self.clients is not None else None
+            client = self.clients.check(key, role) if self.clients is not None else ""
             if self.clients is not None and isinstance(request, protocol.Label):
                 self.clients.spend(key, labels=max(1, len(request.labels), len(request.correct)))
             if role == "admin":
-                self.log.info("command", what=type(request).__name__.lower(), client=client)
+                self.log.info("command", what=type(request).__name__.lower(), client=client or None)
             if isinstance(request, protocol.Rollback | protocol.Reset):
                 self._serve(request, answer, fail)
             else:
-                answer(self._answer(request, frames))
+                answer(self._answer(request, frames, client))
         except TTAError as error:
             if isinstance(error, DeniedError) and self.clients is not None:
                 self.metrics.commands_refused.labels("permission_denied").inc()
@@ -112,10 +117,10 @@ class Control:
             return False
         return any(map(self.ledger.is_ahead, request.prediction_ids[:MAX_LABELS]))
 
-    def _answer(self, request: protocol.ControlRequest, frames: list[bytes]) -> Reply:
+    def _answer(self, request: protocol.ControlRequest, frames: list[bytes], client: str) -> Reply:
         match request:
             case protocol.Label():
-                return {"outcomes": self._label(request, frames)}
+                return {"outcomes": self._label(request, frames, client)}
             case protocol.Status():
                 return self.status()
             case protocol.Versions():
@@ -146,7 +151,7 @@ class Control:
 
     # -- labels -------------------------------------------------------------------------------------------
 
-    def _label(self, request: protocol.Label, frames: list[bytes]) -> list[str]:
+    def _label(self, request: protocol.Label, frames: list[bytes], client: str) -> list[str]:
         n_classes = self.manifest.n_classes
         bad = [label for label in request.labels if not 0 <= label < n_classes]
         if bad:
@@ -154,7 +159,7 @@ class Control:
         if request.labels and request.correct:
             raise InputError("send labels or correct, not both")
         if len(frames) == 2:
-            return self._label_images(request, frames)
+            return self._label_images(request, frames, client)
         values: list[Any] = list(request.labels or request.correct)
         if not values or len(values) != len(request.prediction_ids):
             raise InputError(
@@ -184,13 +189,15 @@ class Control:
                     asked,
                     sure,
                     bool(request.correct),
+                    client,
                 )
             )
             outcomes.append("joined" if entry.x is not None else "no_input")
-        self._keep(rows, outcomes)
-        return outcomes
+        contested = self._keep(rows, client)
+        pairs = zip(request.prediction_ids, outcomes, strict=True)
+        return self._counted(["contested" if number in contested else outcome for number, outcome in pairs])
 
-    def _label_images(self, request: protocol.Label, frames: list[bytes]) -> list[str]:
+    def _label_images(self, request: protocol.Label, frames: list[bytes], client: str) -> list[str]:
         x = protocol.decode_images(frames, request.dtype, request.shape, self.manifest.image_shape)
         if len(x) > MAX_LABELS:
             raise InputError(f"{len(x)} images in one request: at most {MAX_LABELS} are taken")
@@ -199,21 +206,43 @@ class Control:
                 f"{len(x)} images need {len(x)} labels and no prediction_ids, got {len(request.labels)}"
             )
         treatment = self.treatment
-        # Never predicted, so no prediction id: negative ones cannot collide.
-        base = -time.time_ns() // 1000
+        # Never predicted, so no prediction id: a negative number of its own for each, whatever the clock says.
+        base = -MAX_LABELS * (1 + secrets.randbits(IMAGE_ID_BITS))
         rows = [
-            Labelled(base - i, treatment.sequence, SOURCE, label, -1, x[i])
+            Labelled(base - i, treatment.sequence, SOURCE, label, -1, x[i], client=client)
             for i, label in enumerate(request.labels)
         ]
-        outcomes = ["joined"] * len(rows)
-        self._keep(rows, outcomes)
-        return outcomes
+        self._keep(rows, client)
+        return self._counted(["joined"] * len(rows))
 
-    def _keep(self, rows: list[Labelled], outcomes: list[str]) -> None:
-        if rows:
-            self.treatment.labelled(self.labels.add(rows))  # on disk before anybody is told
+    def _keep(self, rows: list[Labelled], client: str) -> set[int]:
+        """Store labels, on disk before anybody is told; the predictions that clients label differently."""
+        if not rows:
+            return set()
+        settles = self.clients is not None and "admin" in self.clients.roles().get(client, [])
+        added = self.labels.add(rows, settles)
+        if added.contested:
+            self.log.warning("labels_contested", client=client, n=len(added.contested))
+        self.treatment.labelled(added.fresh)
+        if client:
+            self._compare_clients()
+        return added.contested
+
+    def _compare_clients(self) -> None:
+        """Name the clients whose labels contradict the others', once each."""
+        case = self.treatment.case
+        found = disagreeing(self.labels.recent_by_client(case.since, case.serving, RECENT))
+        for each in found:
+            if each.client not in self.disagreeing:
+                self.treatment.record("client_disagrees", **asdict(each))
+        self.disagreeing.clear()
+        self.disagreeing.update({each.client: each for each in found})
+        self.metrics.show_disagreeing(self.disagreeing)
+
+    def _counted(self, outcomes: list[str]) -> list[str]:
         for outcome in outcomes:
             self.metrics.labels.labels(outcome).inc()
+        return outcomes
 
     def _ask(self, n: int) -> list[Reply]:
         """Recent unlabelled predictions most worth a label: spread over the predicted classes."""
@@ -306,6 +335,7 @@ class Control:
                 "keys": list(case.keys),
                 "diagnosis": asdict(found) if found is not None else None,
                 "labels": self.labels.count(case.onset),
+                "labels_given": self.labels.given(case.onset),
                 "labels_wanted": 0 if case.actionable is False else case.wanted,
                 "proposal": case.proposal,
             }
@@ -328,6 +358,7 @@ class Control:
             "predicted_accuracy": round(treatment.watch.predicted_loss().accuracy, 4),
             "samples": treatment.sequence,
             "labels_buffered": len(self.labels),
+            "clients_disagree": [asdict(each) for each in self.disagreeing.values()],
             "adapter": treatment.adapter.progress,
             "processes": {
                 p.name: {"pid": p.pid, "ready": p.ready, "restarts": p.restarts} for p in self.processes

@@ -25,6 +25,7 @@ from tta.daemon.calibrations import Calibrations
 from tta.daemon.control import Control, Reply
 from tta.daemon.hand import Hand
 from tta.daemon.http import HttpServer
+from tta.daemon.labellers import Labellers
 from tta.daemon.labels import LabelBuffer
 from tta.daemon.ledger import Entry, Ledger
 from tta.daemon.library import Library
@@ -77,6 +78,7 @@ class Daemon:
         self._disk_failed = float("-inf")  # monotonic seconds at which that was told last
         # Labels ahead of their predictions: until when, frames, sender's key.
         self._early: list[tuple[float, list[bytes], str]] = []
+        self._doorkeeper: Doorkeeper | None = None
 
     # -- startup ------------------------------------------------------------------------------------------
 
@@ -104,6 +106,7 @@ class Daemon:
             config.labels.capacity,
             config.labels.fit_fraction,
             manifest.image_shape,
+            self._labellers,
         )
         reference = self.bundle.reference
         home = fingerprint(reference["w"], reference["predictions"])
@@ -181,6 +184,10 @@ class Daemon:
             version=self.treatment.case.serving,
             state=self.treatment.cycle.state,
         )
+
+    def _labellers(self) -> Labellers:
+        clients = self._doorkeeper.clients if self._doorkeeper is not None else None
+        return Labellers.listed(clients, self.config.labels.client_share)
 
     def _first_calibration(self) -> Calibration:
         """Thresholds for the stickiness that is set, else for the one measured before a restart."""

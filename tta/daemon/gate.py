@@ -7,8 +7,8 @@ demonstrably falls by more than is allowed; `rejected` if it is not even better 
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from tta.monitor.accuracy import binomial_tail, paired_p_value
@@ -96,6 +96,45 @@ def judge(
         outcome, reason = "undecided", "better, but it may be chance"
         needed = _labels_needed(candidate, serving, alpha)
     return Verdict(outcome, reason, n, p_val, alpha, own, now, home, free, needed, worst, drop)
+
+
+def without_each(
+    verdict: Verdict,
+    candidate: Sequence[bool],
+    others: Sequence[Sequence[bool]],
+    clients: Sequence[str],
+    limited: Iterable[str],
+) -> Verdict:
+    """The verdict, unless it rests on the labels of one client.
+
+    A candidate that by everybody else's labels is below the serving version, or below the source, by more than a
+    standard error is rejected: who may label may not decide alone what is served.
+
+    Args:
+        verdict: on all labels.
+        candidate: for each gate label, whether the candidate is right.
+        others: the same for the versions it must not be below.
+        clients: who gave each label.
+        limited: clients that have to be left out in turn.
+    """
+    alone = carried_by(candidate, others, clients, limited)
+    if verdict.outcome != "accepted" or alone is None:
+        return verdict
+    return replace(verdict, outcome="rejected", reason=f"worse by the labels of all but client {alone!r}")
+
+
+def carried_by(
+    candidate: Sequence[bool], others: Sequence[Sequence[bool]], clients: Sequence[str], limited: Iterable[str]
+) -> str | None:
+    """The client without whose labels a candidate is below another version; None if there is none such.
+
+    Arguments as of `without_each`.
+    """
+    for client in sorted(set(clients).intersection(limited)):
+        rest = [i for i, name in enumerate(clients) if name != client]
+        if any(behind([candidate[i] for i in rest], [other[i] for i in rest]) for other in others):
+            return client
+    return None
 
 
 def behind(candidate: Sequence[bool], other: Sequence[bool]) -> bool:

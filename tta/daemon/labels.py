@@ -7,7 +7,7 @@ ones find theirs.
 
 import hashlib
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tta.daemon.files import set_aside
+from tta.daemon.labellers import Labellers
 from tta.errors import ConfigError, UnavailableError
 
 Array = npt.NDArray[Any]
@@ -30,22 +31,43 @@ CREATE TABLE IF NOT EXISTS labels (
     fit INTEGER NOT NULL,       -- 1: fits a candidate, 0: judges it
     asked INTEGER NOT NULL,     -- 1: we asked for it, so it is no random sample
     x BLOB,
-    feedback INTEGER NOT NULL DEFAULT 0 -- 1: the answer was called right or wrong; nobody named a class
+    feedback INTEGER NOT NULL DEFAULT 0, -- 1: the answer was called right or wrong; nobody named a class
+    client TEXT NOT NULL DEFAULT '', -- who gave it, by the list of clients; '' where nobody is asked for a key
+    contested INTEGER NOT NULL DEFAULT 0 -- 1: another client gave another label; it is not used
 );
-CREATE INDEX IF NOT EXISTS by_sequence ON labels (sequence);
-CREATE INDEX IF NOT EXISTS usable ON labels (sequence, fit) WHERE label IS NOT NULL AND x IS NOT NULL;
 CREATE TABLE IF NOT EXISTS spans ( -- of the stream, and the regime its traffic was of
     since INTEGER PRIMARY KEY,
     until INTEGER NOT NULL,
     regime INTEGER NOT NULL
 );
 """
+ADDED = {  # columns that older files lack
+    "feedback": "INTEGER NOT NULL DEFAULT 0",
+    "client": "TEXT NOT NULL DEFAULT ''",
+    "contested": "INTEGER NOT NULL DEFAULT 0",
+}
 CHECKED_BYTES = 256 << 20  # of a file read through at each start; of a larger one damage shows when it is used
-INSERT = "INSERT OR REPLACE INTO labels VALUES (?,?,?,?,?,?,?,?,?)"
+COLUMNS = (
+    *("prediction_id", "sequence", "version", "label", "predicted", "fit", "asked", "x", "feedback"),
+    *("client", "contested"),
+)
+INSERT = f"INSERT OR REPLACE INTO labels ({', '.join(COLUMNS)}) VALUES ({','.join('?' * len(COLUMNS))})"
 RETRY_S = 5.0  # until labels that could not be stored may be sent again
 MAX_SPANS = 4096  # remembered; older labels belong to no regime any more
 # "Right" is said of what the serving version got right: a sample that no other version can look better on.
-NAMED = "label IS NOT NULL AND NOT feedback AND x IS NOT NULL"
+NAMED = "label IS NOT NULL AND NOT feedback AND NOT contested AND x IS NOT NULL"
+CALLED = "feedback AND NOT contested AND predicted >= 0 AND x IS NOT NULL"
+OUTCOME = "predicted >= 0 AND NOT asked AND NOT contested"
+WRONG = "(label IS NULL OR label <> predicted)"
+SIDE = f"WHERE sequence >= ? AND fit = ? AND {NAMED}"
+# What is counted at every tick is counted in an index: a row's image lies before some of its columns.
+INDEXES = f"""
+DROP INDEX IF EXISTS usable;
+CREATE INDEX IF NOT EXISTS by_sequence ON labels (sequence);
+CREATE INDEX IF NOT EXISTS named ON labels (fit, client, sequence) WHERE {NAMED};
+CREATE INDEX IF NOT EXISTS called ON labels (client, sequence) WHERE {CALLED};
+CREATE INDEX IF NOT EXISTS outcome ON labels (version, client, sequence, {WRONG}) WHERE {OUTCOME};
+"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,7 @@ class Labelled:
         asked: we asked for this label because the prediction was uncertain.
         feedback: somebody called the answer right or wrong, and named no class.
         confidence: of the prediction, see `tta.monitor.reference.confidence`; not kept on disk.
+        client: who gave it; "" where nobody is asked for a key.
     """
 
     prediction_id: int
@@ -70,6 +93,26 @@ class Labelled:
     asked: bool = False
     confidence: float | None = None
     feedback: bool = False
+    client: str = ""
+
+    def agrees(self, label: int | None) -> bool:
+        """Whether another label of the same prediction, None for "wrong", can be true beside this one."""
+        if label is None or self.label is None:
+            return label == self.label or self.predicted not in (label, self.label)
+        return label == self.label
+
+
+@dataclass(frozen=True)
+class Added:
+    """What became of labels.
+
+    Attributes:
+        fresh: those for predictions that had none yet: a label sent twice is no new evidence.
+        contested: ids of predictions for which another client has given another label.
+    """
+
+    fresh: list[Labelled]
+    contested: set[int]
 
 
 def fits(prediction_id: int, fit_fraction: float) -> bool:
@@ -89,9 +132,13 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")  # an acknowledged label survives a power cut
         db.executescript(SCHEMA)
-        if "feedback" not in {row[1] for row in db.execute("PRAGMA table_info(labels)")}:
-            db.execute("ALTER TABLE labels ADD COLUMN feedback INTEGER NOT NULL DEFAULT 0")
+        has = _columns(db)
+        for name, kind in ADDED.items():
+            if name not in has:
+                db.execute(f"ALTER TABLE labels ADD COLUMN {name} {kind}")
+        if "feedback" not in has:
             db.execute("UPDATE labels SET feedback = 1 WHERE label IS NULL")
+        db.executescript(INDEXES)
         small = path.stat().st_size <= CHECKED_BYTES
         problem = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
         if problem != "ok":
@@ -102,13 +149,19 @@ def _open(path: Path) -> sqlite3.Connection:
     return db
 
 
+def _columns(db: sqlite3.Connection) -> list[str]:
+    return [row[1] for row in db.execute("PRAGMA table_info(labels)")]
+
+
 def _readable(path: Path) -> list[tuple[Any, ...]]:
     """The labels of a damaged file that can be read: from both ends up to what cannot."""
     rows: dict[int, tuple[Any, ...]] = {}
     for order in ("ASC", "DESC"):
         db = sqlite3.connect(path)
         try:
-            for row in db.execute(f"SELECT * FROM labels NOT INDEXED ORDER BY prediction_id {order}"):
+            has = _columns(db)
+            wanted = ", ".join(c if c in has else "''" if c == "client" else "0" for c in COLUMNS)
+            for row in db.execute(f"SELECT {wanted} FROM labels NOT INDEXED ORDER BY prediction_id {order}"):
                 rows[row[0]] = row
         except sqlite3.DatabaseError:
             continue
@@ -118,9 +171,25 @@ def _readable(path: Path) -> list[tuple[Any, ...]]:
 
 
 class LabelBuffer:
-    """Labels on disk. Owned by the daemon's main thread."""
+    """Labels on disk. Owned by the daemon's main thread.
 
-    def __init__(self, path: Path, capacity: int, fit_fraction: float, image_shape: Sequence[int]) -> None:
+    Args:
+        path: of the SQLite file.
+        capacity: labels kept.
+        fit_fraction: share that fits, in (0, 1).
+        image_shape: (H, W, C).
+        labellers: who may label now. What is counted and selected here is what they are believed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        capacity: int,
+        fit_fraction: float,
+        image_shape: Sequence[int],
+        labellers: Callable[[], Labellers] = Labellers,
+    ) -> None:
+        self.labellers = labellers
         self.capacity = capacity
         self.fit_fraction = fit_fraction
         self.image_shape = tuple(image_shape)
@@ -147,34 +216,25 @@ class LabelBuffer:
         self.damaged[str(aside)] = f"{path} is damaged: {error}; {len(found)} labels could be read"
         return fresh
 
-    def add(self, labelled: Sequence[Labelled]) -> list[Labelled]:
-        """Store labels; when this returns they are on disk. A second label for a prediction replaces the first.
+    def add(self, labelled: Sequence[Labelled], settles: bool = False) -> Added:
+        """Store labels; when this returns they are on disk.
 
-        Returns:
-            Those for predictions that had no label yet: a label sent twice is no new evidence.
+        A client's second label for a prediction replaces its first. Where another client has given another label,
+        the prediction is contested, and neither is used.
+
+        Args:
+            labelled: of one client.
+            settles: its labels replace others', and end a contest.
 
         Raises:
             UnavailableError: they cannot be written, the disk is full, say; none of them is kept.
         """
         labelled = list({r.prediction_id: r for r in labelled}.values())
-        rows = [
-            (
-                r.prediction_id,
-                r.sequence,
-                r.version,
-                r.label,
-                r.predicted,
-                int(fits(r.prediction_id, self.fit_fraction)),
-                int(r.asked),
-                None if r.x is None else np.ascontiguousarray(r.x).tobytes(),
-                int(r.feedback),
-            )
-            for r in labelled
-        ]
+        added = Added([], set())
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            known = {i for i in (r.prediction_id for r in labelled) if self._has(i)}
-            self._db.executemany(INSERT, rows)
+            for row in labelled:
+                self._add(row, settles, added)
             excess = len(self) - self.capacity
             if excess > 0:
                 self._db.execute(
@@ -187,11 +247,40 @@ class LabelBuffer:
             if self._db.in_transaction:  # SQLite may have rolled back already
                 self._db.execute("ROLLBACK")
             raise UnavailableError(f"labels cannot be stored, none was kept: {error}", RETRY_S) from error
-        return [r for r in labelled if r.prediction_id not in known]
+        return added
 
-    def _has(self, prediction_id: int) -> bool:
-        row = self._db.execute("SELECT 1 FROM labels WHERE prediction_id = ?", (prediction_id,)).fetchone()
-        return row is not None
+    def _add(self, row: Labelled, settles: bool, added: Added) -> None:
+        query = "SELECT client, label, feedback, contested FROM labels WHERE prediction_id = ?"
+        known = self._db.execute(query, (row.prediction_id,)).fetchone()
+        contested = 0
+        if known is None:
+            added.fresh.append(row)
+        elif not settles:
+            client, label, feedback, contested = known
+            contested = int(contested or (client != row.client and not row.agrees(label)))
+            if contested:
+                added.contested.add(row.prediction_id)
+            if client != row.client and (contested or row.feedback or not feedback):
+                self._db.execute(
+                    "UPDATE labels SET contested = ? WHERE prediction_id = ?", (contested, row.prediction_id)
+                )
+                return  # the first stands; a named class says more than that the answer was right or wrong
+        self._db.execute(
+            INSERT,
+            (
+                row.prediction_id,
+                row.sequence,
+                row.version,
+                row.label,
+                row.predicted,
+                int(fits(row.prediction_id, self.fit_fraction)),
+                int(row.asked),
+                None if row.x is None else np.ascontiguousarray(row.x).tobytes(),
+                int(row.feedback),
+                row.client,
+                contested,
+            ),
+        )
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM labels").fetchone()[0])
@@ -201,9 +290,12 @@ class LabelBuffer:
         return int(self._db.execute("SELECT coalesce(max(sequence), -1) FROM labels").fetchone()[0])
 
     def count(self, since: int) -> int:
-        """Labels with a class and an image from `since` on."""
-        query = f"SELECT count(*) FROM labels WHERE sequence >= ? AND {NAMED}"
-        return int(self._db.execute(query, (since,)).fetchone()[0])
+        """Labels with a class and an image from `since` on, as many as are used."""
+        return sum(sum(self._used(SIDE, (since, fit)).values()) for fit in (0, 1))
+
+    def given(self, since: int) -> int:
+        """The same with those that are not used."""
+        return sum(sum(self._given(SIDE, (since, fit)).values()) for fit in (0, 1))
 
     def select(self, since: int, fit: bool, limit: int = -1) -> list[Labelled]:
         """Labels with a class and an image from `since` on, of one side of the split, newest first.
@@ -213,7 +305,7 @@ class LabelBuffer:
             fit: which side.
             limit: at most so many; -1 for all.
         """
-        return self._rows(f"WHERE sequence >= ? AND fit = ? AND {NAMED}", (since, int(fit)), limit)
+        return self._rows(SIDE, (since, int(fit)), limit)
 
     def attribute(self, regime: int, since: int, until: int) -> None:
         """Say that the traffic from `since` to before `until` was of a regime; an empty span says nothing."""
@@ -242,12 +334,11 @@ class LabelBuffer:
 
         They judge nothing at a gate: of another version, "wrong" says only which answer would be wrong too.
         """
-        return self._rows("WHERE sequence >= ? AND feedback AND predicted >= 0 AND x IS NOT NULL", (since,), limit)
+        return self._rows(f"WHERE sequence >= ? AND {CALLED}", (since,), limit)
 
     def n_feedback(self, since: int) -> int:
         """How many of `feedback`."""
-        query = "SELECT count(*) FROM labels WHERE sequence >= ? AND feedback AND predicted >= 0 AND x IS NOT NULL"
-        return int(self._db.execute(query, (since,)).fetchone()[0])
+        return sum(self._used(f"WHERE sequence >= ? AND {CALLED}", (since,)).values())
 
     def ids_since(self, since: int) -> set[int]:
         """Prediction ids labelled from `since` on."""
@@ -258,23 +349,55 @@ class LabelBuffer:
 
     def outcomes(self, since: int, version: int) -> tuple[int, int]:
         """How many predictions of `version` since then were labelled unasked, and how many of them wrong."""
-        row = self._db.execute(
-            "SELECT count(*), coalesce(sum(label IS NULL OR label <> predicted), 0) FROM labels "
-            "WHERE sequence >= ? AND version = ? AND predicted >= 0 AND NOT asked",
-            (since, version),
-        ).fetchone()
-        return int(row[0]), int(row[1])
+        given = self.outcomes_by_client(since, version)
+        used = self.labellers().believed({client: n for client, (n, _) in given.items()})
+        wrong = 0
+        for client, n in used.items():
+            if n == given[client][0]:
+                wrong += given[client][1]
+                continue
+            query = (
+                f"SELECT {WRONG} AS wrong FROM labels WHERE sequence >= ? AND version = ? AND {OUTCOME} "
+                "AND client = ? ORDER BY sequence DESC LIMIT ?"
+            )
+            wrong += sum(row[0] for row in self._db.execute(query, (since, version, client, n)))
+        return sum(used.values()), wrong
+
+    def outcomes_by_client(self, since: int, version: int) -> dict[str, tuple[int, int]]:
+        """The same of each client, with those that are not used."""
+        query = (
+            f"SELECT client, count(*), sum({WRONG}) FROM labels "
+            f"WHERE sequence >= ? AND version = ? AND {OUTCOME} GROUP BY client"
+        )
+        return {client: (n, wrong) for client, n, wrong in self._db.execute(query, (since, version))}
+
+    def recent_by_client(self, since: int, version: int, newest: int) -> dict[str, tuple[int, int]]:
+        """The same of the newest labels."""
+        query = (
+            f"SELECT client, count(*), sum(wrong) FROM (SELECT client, {WRONG} AS wrong FROM labels "
+            f"WHERE sequence >= ? AND version = ? AND {OUTCOME} ORDER BY sequence DESC LIMIT ?) GROUP BY client"
+        )
+        return {client: (n, wrong) for client, n, wrong in self._db.execute(query, (since, version, newest))}
+
+    def _given(self, where: str, parameters: tuple[int, ...]) -> dict[str, int]:
+        """How many labels each client gave, of those that a clause selects."""
+        query = f"SELECT client, count(*) FROM labels {where} GROUP BY client"
+        return dict(self._db.execute(query, parameters).fetchall())
+
+    def _used(self, where: str, parameters: tuple[int, ...], limit: int = -1) -> dict[str, int]:
+        """How many of them are used."""
+        return self.labellers().believed(self._given(where, parameters), limit)
 
     def _rows(self, where: str, parameters: tuple[int, ...], limit: int) -> list[Labelled]:
-        cursor = self._db.execute(
-            f"SELECT prediction_id, sequence, version, label, predicted, x, asked, feedback FROM labels {where} "
-            "ORDER BY sequence DESC LIMIT ?",
-            (*parameters, limit),
-        )
-        return [
-            Labelled(r[0], r[1], r[2], r[3], r[4], self._image(r[5]), bool(r[6]), feedback=bool(r[7]))
-            for r in cursor
+        """Those used, newest first."""
+        names = "prediction_id, sequence, version, label, predicted, x, asked, feedback, client"
+        query = f"SELECT {names} FROM labels {where} AND client = ? ORDER BY sequence DESC LIMIT ?"
+        found = [
+            Labelled(r[0], r[1], r[2], r[3], r[4], self._image(r[5]), bool(r[6]), None, bool(r[7]), r[8])
+            for client, n in self._used(where, parameters, limit).items()
+            for r in self._db.execute(query, (*parameters, client, n))
         ]
+        return sorted(found, key=lambda r: -r.sequence)
 
     def _image(self, blob: bytes | None) -> Array | None:
         return None if blob is None else np.frombuffer(blob, np.uint8).reshape(self.image_shape)

@@ -3,7 +3,7 @@
 Prefix `tta_`, base units, closed label sets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -134,6 +134,10 @@ class Metrics:
         self.state = self._gauge("state", "1 for the state the cycle is in", "state")
         self.transitions = self._counter("transitions", "State changes", "event")
         self.labels = self._counter("labels", "Labels received, by outcome", "outcome")
+        self.client_disagrees = self._gauge(
+            "client_disagrees", "1 for a client whose labels contradict the others'", "client"
+        )
+        self._disagreed: set[str] = set()  # at any time
         self.labels_buffered = self._gauge("labels_buffered", "Labels on disk")
         self.labels_wanted = self._gauge("labels_wanted", "Labels still wanted before the next adaptation")
         self.accuracy = self._gauge("labelled_accuracy", "Accuracy on the last labels, 0 to 1", "model")
@@ -185,7 +189,7 @@ class Metrics:
             self.alarms.labels(cause)
         for kind in ("input", "feature", "prior", "output"):
             self.notices.labels(kind)
-        for outcome in ("joined", "no_input", "expired", "unknown"):
+        for outcome in ("joined", "no_input", "expired", "unknown", "contested"):
             self.labels.labels(outcome)
         for process in processes:
             self.up.labels(process).set(0)
@@ -216,6 +220,13 @@ class Metrics:
         self.gate_p_value.set(verdict.p_val)
         self.gate_labels.set(verdict.n_labels)
         self.gate_labels_needed.set(verdict.labels_needed)
+
+    def show_disagreeing(self, clients: Iterable[str]) -> None:
+        """Set whose labels contradict the others'; whose no longer do goes to 0."""
+        disagreeing = set(clients)
+        self._disagreed |= disagreeing
+        for client in self._disagreed:
+            self.client_disagrees.labels(client).set(float(client in disagreeing))
 
     def show_drift(self, names: Sequence[str], statistic: Any) -> None:
         """Set each block's drift statistic."""

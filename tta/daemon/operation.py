@@ -266,7 +266,9 @@ class Operation:
             concluded(Conclusion(0, 0.0, {"error": "no gate labels"}, 16))
             return
         x, y = arrays_of(rows)
-        x_fit, y_fit = arrays_of(self.labels.select(onset, fit=True, limit=self.config.adapt.max_labels))
+        fit_rows = self.labels.select(onset, fit=True, limit=self.config.adapt.max_labels)
+        x_fit, y_fit = arrays_of(fit_rows)
+        clients = [r.client for r in rows], [r.client for r in fit_rows]
         job, began = self._job, time.monotonic()
         answers: list[Outputs | None] = []
 
@@ -284,7 +286,7 @@ class Operation:
                 concluded(Conclusion(0, 0.0, {"error": "the shadow could not run the candidate"}))
             else:
                 on_fit = [(logits.argmax(axis=1) == y_fit).tolist() for logits, _ in good[-1]] if free else []
-                concluded(self._judge(good[0], y, on_fit, y_fit, version, free, blocks, alpha))
+                concluded(self._judge(good[0], y, on_fit, y_fit, clients, version, free, blocks, alpha))
 
         def folders(versions: list[int]) -> list[VersionFolder]:
             return [(v, self.store.folder(v)) for v in versions]
@@ -300,6 +302,7 @@ class Operation:
         y: Array,
         on_fit: list[list[bool]],
         y_fit: Array,
+        clients: tuple[list[str], list[str]],
         version: int,
         free: int | None,
         blocks: tuple[str, str],
@@ -313,6 +316,7 @@ class Operation:
             on_fit: whether label-free candidate, serving and source are right on the fit labels. None of them has
                 learned from those, so they judge as well.
             y_fit: (M,) the fit labels.
+            clients: who gave the gate's labels and the fit labels.
             version: candidate.
             free: label-free candidate, if there is one.
             blocks: tuned in candidate and label-free candidate, "" for none.
@@ -325,13 +329,17 @@ class Operation:
         on_anchor = [float((c[len(y) :] == self.anchor["y"]).mean()) for c in classes]
         guard = {"classes": y.tolist(), "max_class_drop": self.config.gate.max_class_drop}
         alpha /= 1 if free is None else 2  # two candidates share it
+        limited, (gave, gave_fit) = self.labels.labellers().limited, clients
         verdict, kept = gate.judge(candidate, serving, source, label_free, alpha, **guard), on_anchor[0]
+        verdict = gate.without_each(verdict, candidate, (serving, source), gave, limited)
         if label_free is not None and free is not None:
             guard["classes"] = [*y.tolist(), *y_fit.tolist()]
             all_free, all_serving, all_source = (
                 a + b for a, b in zip((label_free, serving, source), on_fit, strict=True)
             )
             plain = gate.judge(all_free, all_serving, all_source, None, alpha, **guard)
+            everybody = [*gave, *gave_fit]
+            plain = gate.without_each(plain, all_free, (all_serving, all_source), everybody, limited)
             better = verdict.outcome != "accepted" or sum(label_free) > sum(candidate)
             if better and plain.outcome == "accepted":
                 self._count(block, verdict.outcome)

@@ -41,6 +41,7 @@ class _Hearing:
     candidate: list[bool]
     serving: list[bool]
     source: list[bool]
+    clients: list[str]  # who gave them
     chosen: bool  # whether these labels have chosen the present version
 
 
@@ -126,7 +127,8 @@ class Rehearsals:
         while waiting:
             number = waiting.pop()
             regime = self.library.regimes.get(number)
-            x, y = arrays_of(self.labels.of_regime(number, fit=False, limit=self.config.adapt.max_labels))
+            rows = self.labels.of_regime(number, fit=False, limit=self.config.adapt.max_labels)
+            (x, y), gave = arrays_of(rows), [r.client for r in rows]
             if regime is None or len(y) < MIN_GATE_LABELS:
                 continue
             try:
@@ -135,10 +137,12 @@ class Rehearsals:
             except NotFoundError:  # somebody has cleared the store: what is left is judged
                 continue
 
-            def then(outputs: Outputs | None, number: int = number, y: Any = y, chosen: bool = chosen) -> None:
+            def then(
+                outputs: Outputs | None, number: int = number, y: Any = y, gave: Any = gave, chosen: bool = chosen
+            ) -> None:
                 if outputs is not None:
                     right = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
-                    heard[number] = _Hearing(y.tolist(), right[0], right[1], right[2], chosen)
+                    heard[number] = _Hearing(y.tolist(), right[0], right[1], right[2], gave, chosen)
                 self._hear(versions, waiting, heard)
 
             self.shadow.ask(trio, x, then)
@@ -151,13 +155,17 @@ class Rehearsals:
     def _verdict(self, heard: Iterable[_Hearing]) -> tuple[gate.Verdict, bool]:
         """On several regimes, and whether it lets the candidates serve. Two of them at most share the bound."""
         every = list(heard)
-        candidate, serving, source, classes = (
-            [right for hearing in every for right in getattr(hearing, name)]
-            for name in ("candidate", "serving", "source", "classes")
+        candidate, serving, source, classes, clients = (
+            [each for hearing in every for each in getattr(hearing, name)]
+            for name in ("candidate", "serving", "source", "classes", "clients")
         )
         g = self.config.gate
         verdict = gate.judge(candidate, serving, source, None, g.alpha / 2, classes, g.max_class_drop)
+        limited = self.labels.labellers().limited
+        verdict = gate.without_each(verdict, candidate, (serving, source), clients, limited)
+        alone = gate.carried_by(candidate, (serving, source), clients, limited)
         unproven = not gate.behind(candidate, serving) and sum(candidate) >= sum(source) and len(candidate) > 0
+        unproven &= alone is None
         return verdict, verdict.outcome == "accepted" or (self.config.adapt.label_free != "off" and unproven)
 
     def _judge(self, versions: dict[int, int], every: dict[int, _Hearing]) -> None:

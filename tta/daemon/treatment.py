@@ -649,6 +649,8 @@ class Treatment:
             best = max(range(len(rights)), key=lambda i: sum(rights[i]))
             regime, right = candidates[best], rights[best]
             verdict = gate.judge(right, serving, right, None, alpha)
+            limited = self.labels.labellers().limited
+            verdict = gate.without_each(verdict, right, (serving,), [r.client for r in rows], limited)
             if verdict.outcome == "accepted" and verdict.accuracy_candidate >= regime.accuracy - RECALL_MARGIN:
                 self.case.target = regime.number
                 self.happen(Event.KNOWN, regime=regime.number, recalled_version=regime.version, **verdict.fields())

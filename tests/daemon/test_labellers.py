@@ -1,0 +1,218 @@
+"""How far one client is believed: shares of the labels, contested labels, who disagrees."""
+
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.daemon.test_memory import ID, labelled
+from tta.daemon.gate import judge, without_each
+from tta.daemon.labellers import Labellers, disagreeing
+from tta.daemon.labels import LabelBuffer, Labelled
+
+THREE = Labellers(0.5, frozenset("abco"), frozenset("abc"))  # o is an admin
+ALL = replace(THREE, share=1.0)
+
+
+def of(client: str, *numbers: int, label: int = 1) -> list[Labelled]:
+    """Labels that a client gives."""
+    return [replace(labelled(i, label), client=client) for i in numbers]
+
+
+def buffer_of(path: Path, labellers: Labellers) -> LabelBuffer:
+    """A buffer whose labels are believed so far."""
+    return LabelBuffer(path, 5000, 0.6, (4, 4, 3), lambda: labellers)
+
+
+COUNTS = st.dictionaries(st.sampled_from(["", *"abcox"]), st.integers(0, 500), max_size=6)
+
+
+@given(counts=COUNTS, share=st.floats(0.05, 1.0), limit=st.integers(-1, 400))
+def test_nobody_gives_more_than_the_share(counts: Mapping[str, int], share: float, limit: int) -> None:
+    """Whatever came from whom, each limited client gives at most its share of what is used, a stranger nothing."""
+    labellers = replace(THREE, share=share)
+    used = labellers.believed(counts, limit)
+    total = sum(used.values())
+
+    assert all(0 <= n <= counts[client] for client, n in used.items())
+    assert "x" not in used
+    assert limit < 0 or total <= limit
+    for client in labellers.limited & used.keys():
+        # A limit on all is shared out in whole labels: less than one of each client is lost.
+        assert used[client] <= max(share, 1 / 3) * (total + len(counts)) + 1e-6
+    if limit < 0:
+        assert all(used[client] == counts[client] for client in ("", "o") if client in counts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "used"),
+    [
+        ({"a": 100, "b": 100}, {"a": 100, "b": 100}),
+        ({"a": 300, "b": 60, "c": 40}, {"a": 100, "b": 60, "c": 40}),
+        ({"a": 300}, {"a": 0}),
+        ({"a": 300, "o": 50}, {"a": 50, "o": 50}),
+    ],
+)
+def test_as_many_are_used_as_the_share_allows(counts: Mapping[str, int], used: Mapping[str, int]) -> None:
+    """Of two equals everything is used, of a flood as much as all others gave, of one alone nothing."""
+    assert THREE.believed(counts) == used
+
+
+def test_one_who_alone_may_label_is_believed() -> None:
+    """A share limits nobody where no keys are asked for, or one client only may label."""
+    alone = Labellers(0.5, frozenset("ao"), frozenset("a"))
+
+    assert alone.believed({"a": 300}) == {"a": 300}
+    assert Labellers().believed({"": 300}) == {"": 300}
+
+
+def test_a_flood_is_counted_and_selected_no_further_than_its_share(tmp_path: Path) -> None:
+    """Count, both sides of the split and outcomes hold as many labels of a flood as of all others, its newest."""
+    buffer = buffer_of(tmp_path / "l.sqlite", THREE)
+    buffer.add(of("b", *range(100)))
+    buffer.add(of("a", *range(1000, 2000), label=2))
+
+    for fit in (True, False):
+        rows = buffer.select(0, fit)
+        flood = [r for r in rows if r.client == "a"]
+        assert len(flood) == len(rows) - len(flood) > 0
+        assert min(r.sequence for r in flood) > 1800
+    assert buffer.count(0) == 200
+    assert buffer.given(0) == 1100
+    assert buffer.outcomes(0, version=0) == (200, 100)
+    buffer.close()
+
+
+def test_labels_of_a_client_off_the_list_are_not_used(tmp_path: Path) -> None:
+    """Taking a client off the list takes its labels out of everything; putting it back brings them back."""
+    path = tmp_path / "l.sqlite"
+    buffer = buffer_of(path, ALL)
+    buffer.add(of("a", *range(40)))
+    buffer.add(of("b", *range(40, 80)))
+    buffer.close()
+
+    without = buffer_of(path, Labellers(1.0, frozenset("bco"), frozenset("bc")))
+    assert {r.client for fit in (True, False) for r in without.select(0, fit)} == {"b"}
+    assert without.count(0) == 40
+    without.close()
+    again = buffer_of(path, ALL)
+    assert again.count(0) == 80
+    again.close()
+
+
+def test_what_two_clients_label_differently_is_used_by_nobody(tmp_path: Path) -> None:
+    """A contested label is kept and not used until an admin settles it; agreement contests nothing."""
+    buffer = buffer_of(tmp_path / "l.sqlite", ALL)
+    buffer.add(of("a", 1, 2, 3, label=1))
+
+    same = buffer.add(of("b", 1, label=1))
+    other = buffer.add(of("b", 2, label=2))
+    insists = buffer.add(of("a", 2, label=1))
+
+    assert (same.contested, same.fresh) == (set(), [])
+    assert other.contested == insists.contested == {ID + 2}
+    used = {r.sequence: r.label for fit in (True, False) for r in buffer.select(0, fit)}
+    assert used == {1: 1, 3: 1}
+    assert buffer.outcomes(0, version=0)[0] == 2
+
+    buffer.add(of("o", 2, label=2), settles=True)
+    used = {r.sequence: r.label for fit in (True, False) for r in buffer.select(0, fit)}
+    assert used == {1: 1, 2: 2, 3: 1}
+    buffer.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "contested"),
+    [
+        ((1, True), (2, False), True),  # called right, then another class named
+        ((1, True), (1, False), False),
+        ((None, True), (1, False), True),  # called wrong, then the predicted class named
+        ((None, True), (2, False), False),
+        ((2, False), (None, True), False),
+        ((None, True), (None, True), False),
+        ((None, True), (1, True), True),  # called wrong, then right
+    ],
+)
+def test_feedback_can_contradict_a_class(
+    tmp_path: Path, first: tuple[int | None, bool], second: tuple[int | None, bool], contested: bool
+) -> None:
+    """Right and wrong are compared with the class another names; a named class that agrees replaces them."""
+    buffer = buffer_of(tmp_path / "l.sqlite", ALL)
+    for client, (label, feedback) in (("a", first), ("b", second)):
+        row = replace(labelled(7, label), client=client, feedback=feedback)  # predicted: class 1
+        added = buffer.add([row])
+
+    assert bool(added.contested) == contested
+    named = buffer.select(0, True) + buffer.select(0, False)
+    wanted = [] if contested or (first[1] and second[1]) else [1 if first == (1, True) else 2]
+    assert [r.label for r in named] == wanted
+    buffer.close()
+
+
+def test_labels_of_an_earlier_release_are_taken_over(tmp_path: Path) -> None:
+    """A file without clients, contests and feedback keeps its labels."""
+    path = tmp_path / "l.sqlite"
+    db = sqlite3.connect(path)
+    db.execute(
+        "CREATE TABLE labels (prediction_id INTEGER PRIMARY KEY, sequence INTEGER NOT NULL, "
+        "version INTEGER NOT NULL, label INTEGER, predicted INTEGER NOT NULL, fit INTEGER NOT NULL, "
+        "asked INTEGER NOT NULL, x BLOB)"
+    )
+    x = np.zeros((4, 4, 3), np.uint8).tobytes()
+    db.executemany(
+        "INSERT INTO labels VALUES (?,?,0,?,1,?,0,?)", [(ID + i, i, 1 if i else None, i % 2, x) for i in range(9)]
+    )
+    db.commit()
+    db.close()
+
+    buffer = buffer_of(path, ALL)
+
+    assert buffer.count(0) == 8
+    assert buffer.n_feedback(0) == 1
+    assert {r.client for r in buffer.select(0, True)} == {""}
+    buffer.close()
+
+
+def test_a_candidate_must_hold_without_any_one_client() -> None:
+    """What one client's labels alone make look better is rejected and names it; what all see is accepted."""
+    clients = ["a"] * 50 + ["b"] * 50
+    serving = [False] * 50 + [True] * 40 + [False] * 10
+    poisoned = [True] * 50 + [True] * 30 + [False] * 20  # the others lose ten of fifty
+    honest = [True] * 50 + [True] * 45 + [False] * 5
+    both = frozenset("ab")
+
+    def verdict(candidate: list[bool]) -> str:
+        first = judge(candidate, serving, serving, None, 0.05)
+        assert first.outcome == "accepted"
+        return without_each(first, candidate, (serving, serving), clients, both).reason
+
+    assert verdict(poisoned) == "worse by the labels of all but client 'a'"
+    assert verdict(honest) == "better than the serving version"
+    first = judge(poisoned, serving, serving, None, 0.05)
+    assert without_each(first, poisoned, (serving,), clients, frozenset()) == first
+
+
+def test_the_one_who_contradicts_the_others_is_named() -> None:
+    """Of five clients the one that calls right answers wrong is named, and nobody where they differ by chance."""
+    rng = np.random.default_rng(0)
+    honest = {name: (80, int(rng.binomial(80, 0.12))) for name in "abcd"}
+
+    assert disagreeing(honest) == []
+    assert [d.client for d in disagreeing({**honest, "e": (60, 30)})] == ["e"]
+    assert [d.client for d in disagreeing({"a": (60, 6), "e": (60, 30)})] == ["a", "e"]
+    assert disagreeing({"a": (600, 60), "e": (10, 9)}) == []
+
+
+def test_nobody_is_named_by_chance() -> None:
+    """Over 2,000 comparisons of six clients that err alike, at most a few name somebody."""
+    rng = np.random.default_rng(1)
+    named = 0
+    for _ in range(2000):
+        named += bool(disagreeing({c: (n, int(rng.binomial(n, 0.2))) for c in "abcdef" for n in (40,)}))
+
+    assert named <= 6

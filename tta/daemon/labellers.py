@@ -1,0 +1,108 @@
+"""Who labels, how far one of them is believed, and who contradicts the others. No I/O.
+
+Labels move weights, so whoever may label may try to move them where they should not go. Of the labels that an
+operation uses, one client gave at most a share; at the gate a candidate must hold without any one client's labels
+(`gate.without_each`); and a client whose labels disagree with the others' is named. All of it rests on names that
+keys have proved (`tta.auth`): where nobody is asked for a key, all labels are taken for one client's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tta.auth import Clients
+from tta.monitor.accuracy import more_errors_p_value
+
+P_VALUE = 0.001  # that two error rates so different are chance; asked again and again, hence so small
+DIFFERENCE = 0.15  # of the error rates, under which it is no matter
+MIN_LABELS = 24  # of a client, and of the others, under which nothing can be said
+
+
+@dataclass(frozen=True)
+class Labellers:
+    """Who may label at present.
+
+    Attributes:
+        share: of the labels used that one client may have given, in (0, 1].
+        names: all clients on the list; None: nobody is asked for a key.
+        limited: those that may label and are not admins.
+    """
+
+    share: float = 1.0
+    names: frozenset[str] | None = None
+    limited: frozenset[str] = frozenset()
+
+    @staticmethod
+    def listed(clients: Clients | None, share: float) -> "Labellers":
+        """As the list of clients has it now."""
+        if clients is None:
+            return Labellers()
+        roles = clients.roles()
+        limited = frozenset(name for name, has in roles.items() if "label" in has and "admin" not in has)
+        return Labellers(share, frozenset(roles), limited)
+
+    def believed(self, counts: Mapping[str, int], limit: int = -1) -> dict[str, int]:
+        """How many labels of each client are used.
+
+        Clients no longer on the list are not believed; labels from before keys were asked for, "", are. A client
+        that alone may label has no others to be held against; of n that may, each may give an n-th.
+
+        Args:
+            counts: how many labels each client gave.
+            limit: at most so many in all, from everybody in proportion; -1 for all.
+        """
+        used = {c: n for c, n in counts.items() if c == "" or self.names is None or c in self.names}
+        if len(self.limited) > 1:
+            share = max(self.share, 1 / len(self.limited))
+            most = max((n for c, n in used.items() if c in self.limited), default=0)
+            while True:  # fewer of one are fewer in all, of which a share is fewer again
+                capped = {c: min(n, most) if c in self.limited else n for c, n in used.items()}
+                fair = int(share * sum(capped.values()) + 1e-9)
+                if fair >= most:
+                    break
+                most = fair
+            used = capped
+        total = sum(used.values())
+        if 0 <= limit < total:
+            used = {c: n * limit // total for c, n in used.items()}
+        return used
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A client whose labels call the serving version wrong more, or less, often than the others' do.
+
+    Either its labels are wrong, or its pictures are unlike the others'.
+
+    Attributes:
+        labels: of the client, and `errors` of the serving version by them.
+        others: labels of all others, and `others_errors` by them.
+        p_val: that so large a difference is chance.
+    """
+
+    client: str
+    labels: int
+    errors: int
+    others: int
+    others_errors: int
+    p_val: float
+
+
+def disagreeing(outcomes: Mapping[str, tuple[int, int]]) -> list[Disagreement]:
+    """Who contradicts the others most, if anybody does; of two clients both, for nobody can say which is right.
+
+    Args:
+        outcomes: by client: labels, and how many of them call the serving version wrong.
+    """
+    n_all, wrong_all = (sum(pair[i] for pair in outcomes.values()) for i in (0, 1))
+    found = []
+    for client, (n, wrong) in outcomes.items():
+        others, others_wrong = n_all - n, wrong_all - wrong
+        if min(n, others) < MIN_LABELS or abs(wrong / n - others_wrong / others) < DIFFERENCE:
+            continue
+        more = more_errors_p_value(wrong, n, others_wrong, others)
+        less = more_errors_p_value(others_wrong, others, wrong, n)
+        p_val = min(1.0, 2 * len(outcomes) * min(more, less))
+        if p_val <= P_VALUE:
+            found.append(Disagreement(client, n, wrong, others, others_wrong, p_val))
+    least = min((d.p_val for d in found), default=0.0)
+    return [d for d in found if d.p_val <= least * (1 + 1e-9)]
