@@ -33,6 +33,7 @@ def exported(bundle: Bundle) -> set[str]:
     metrics.phase_s.labels("gate").observe(1)
     metrics.accuracy.labels("serving").set(1)
     metrics.transitions.labels("alarm").inc()
+    metrics.show_disagreeing(["anna"])
     metrics.server.update(
         Counters(
             epoch=1,
