@@ -5,6 +5,7 @@ import resource
 import signal
 import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -196,3 +197,77 @@ def test_two_daemons_cannot_share_a_state_folder(start_daemon: Callable[..., Dae
         second.start()
 
     assert status(first)["state"] == "stable"
+
+
+# Loaded by every process of a daemon before its own modules: a clock that can be set, and a computation that
+# does not end, as with a driver that hangs.
+FAULTS = """
+import sys, time
+from pathlib import Path
+folder = Path(__file__).parent
+real_ns = time.time_ns
+def shifted_ns():
+    path = folder / "clock_ns"
+    return real_ns() + (int(path.read_text()) if path.exists() else 0)
+time.time_ns = shifted_ns
+time.time = lambda: shifted_ns() / 1e9
+if "tta.server" in sys.orig_argv:
+    from tta.server.predictor import Predictor
+    run = Predictor.run
+    def stuck(self, x):
+        while (folder / "hang").exists():
+            time.sleep(0.02)
+        return run(self, x)
+    Predictor.run = stuck
+"""
+
+
+@pytest.fixture
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which `hang` keeps servers from computing, and `clock_ns` shifts every process's wall clock."""
+    folder = tmp_path / "faults"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(FAULTS)
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    return folder
+
+
+def test_a_server_that_computes_nothing_is_ended(start_daemon: Callable[..., DaemonProcess], faults: Path) -> None:
+    """An idle server that hangs while it still answers hello is not ready, then killed; its successor answers."""
+    daemon = start_daemon(**{"daemon.worker_timeout_s": 12.0})
+    before = status(daemon)["processes"]["server"]["pid"]
+    (faults / "hang").touch()
+    with daemon.client(90.0) as client:
+        until(lambda: not client.daemon_ready(), "a server that is not ready", 40)
+        until(lambda: '"process_hung"' in daemon.log_path.read_text(), "the end of its patience", 40)
+        (faults / "hang").unlink()
+        assert client.predict(digits("stream", 1, seed=14)[0]).version == 0
+    assert status(daemon)["processes"]["server"]["pid"] != before
+
+
+def test_a_wall_clock_that_jumps_does_no_harm(start_daemon: Callable[..., DaemonProcess], faults: Path) -> None:
+    """Set back ten years, the clock gives no prediction id twice, over restarts of both; all labels join."""
+    daemon = start_daemon()
+    x, y = digits("stream", 8, seed=15)
+    ids: list[int] = []
+
+    def predict() -> None:
+        with daemon.client(60.0) as client:
+            answer = client.predict(x)
+            assert min(answer.prediction_ids) > max(ids, default=0)
+            ids.extend(answer.prediction_ids)
+            assert client.label(answer.prediction_ids, y.tolist()) == ["joined"] * len(x)
+
+    predict()
+    (faults / "clock_ns").write_text(str(-10 * 365 * 86_400 * 10**9))
+    predict()
+    os.kill(status(daemon)["processes"]["server"]["pid"], signal.SIGKILL)
+    predict()
+    assert daemon.stop() == 0
+    daemon.start()
+    predict()
+    (faults / "clock_ns").write_text(str(10 * 365 * 86_400 * 10**9))
+    predict()
+
+    assert status(daemon)["labels_buffered"] == len(ids) == 40
+    assert labels_on_disk(daemon) == set(ids)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.daemon.test_memory import ID, labelled
-from tta.daemon.gate import judge, without_each
-from tta.daemon.labellers import Labellers, disagreeing
+from tta.daemon.gate import carried_by, judge, without_each
+from tta.daemon.labellers import Labellers, PairedTests, disagreeing
 from tta.daemon.labels import LabelBuffer, Labelled
 
 THREE = Labellers(0.5, frozenset("abco"), frozenset("abc"))  # o is an admin
@@ -179,22 +179,47 @@ def test_labels_of_an_earlier_release_are_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_candidate_must_hold_without_any_one_client() -> None:
-    """What one client's labels alone make look better is rejected and names it; what all see is accepted."""
+    """What one client's labels alone make look better is not accepted, and names it; what all see is."""
     clients = ["a"] * 50 + ["b"] * 50
     serving = [False] * 50 + [True] * 40 + [False] * 10
     poisoned = [True] * 50 + [True] * 30 + [False] * 20  # the others lose ten of fifty
+    hidden = [True] * 50 + [True] * 41 + [False] * 9  # the others gain one of fifty: may be chance
     honest = [True] * 50 + [True] * 45 + [False] * 5
     both = frozenset("ab")
 
-    def verdict(candidate: list[bool]) -> str:
+    def verdict(candidate: list[bool]) -> tuple[str, str]:
         first = judge(candidate, serving, serving, None, 0.05)
         assert first.outcome == "accepted"
-        return without_each(first, candidate, (serving, serving), clients, both).reason
+        found = without_each(first, candidate, serving, serving, clients, both)
+        return found.outcome, found.reason
 
-    assert verdict(poisoned) == "worse by the labels of all but client 'a'"
-    assert verdict(honest) == "better than the serving version"
+    assert verdict(poisoned) == (
+        "rejected",
+        "by the labels of all but client 'a': no better than the serving version",
+    )
+    assert verdict(hidden) == ("undecided", "by the labels of all but client 'a': better, but it may be chance")
+    assert verdict(honest) == ("accepted", "better than the serving version")
     first = judge(poisoned, serving, serving, None, 0.05)
-    assert without_each(first, poisoned, (serving,), clients, frozenset()) == first
+    assert without_each(first, poisoned, serving, serving, clients, frozenset()) == first
+    assert carried_by(poisoned, (serving,), clients, both) == "a"
+    assert carried_by(honest, (serving,), clients, both) is None
+
+
+def test_one_client_cannot_keep_a_bad_version() -> None:
+    """Two clients' labels roll back what a third praises; a third alone rolls back nothing."""
+    tests = PairedTests(0.05, frozenset("abc"))
+    for i in range(60):
+        tests.update("c", new_correct=True, previous_correct=False)
+        tests.update("ab"[i % 2], new_correct=i % 5 != 0, previous_correct=True)
+    assert not tests.all.disagrees
+    assert tests.disagrees
+
+    good = PairedTests(0.05, frozenset("abc"))
+    for i in range(60):
+        good.update("ab"[i % 2], new_correct=True, previous_correct=i % 3 != 0)
+        if i % 6 == 0:
+            good.update("c", new_correct=False, previous_correct=True)
+    assert not good.disagrees
 
 
 def test_the_one_who_contradicts_the_others_is_named() -> None:

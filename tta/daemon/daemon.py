@@ -252,7 +252,7 @@ class Daemon:
         bundle, workers, nice = str(c.bundle.resolve()), self._ipc("workers"), str(c.adapt.nice)
         pid, pace = str(os.getpid()), (str(c.adapt.threads), str(c.adapt.share))
         self.servers = Servers(
-            self.context, c, self.run_folder, self.bundle.sha256, self._version_folder, self.log
+            self.context, c, self.run_folder, self.bundle.sha256, self._version_folder, self._time_us, self.log
         )
         for link in self.servers.links:
             self._poller.register(link.socket, zmq.POLLIN)
@@ -271,6 +271,9 @@ class Daemon:
     def _version_folder(self) -> Path | None:
         """Of the version a server starts with: the newest that verifies, or a lost folder would keep it down."""
         return self.store.folder(self.store.verified(self.treatment.case.serving))
+
+    def _time_us(self) -> int:
+        return self.treatment.clock.now_us()
 
     def _start_servers(self) -> None:
         self.servers.start_or_adopt(lambda: not self.should_exit)

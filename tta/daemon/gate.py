@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tta.monitor.accuracy import binomial_tail, paired_p_value
 
 MAX_LABELS = 4096
+OTHERS_ALPHA = 0.1  # chance that a candidate which is no better looks better without one client's labels
 CLASS_ALPHA = 0.05  # a class's fall must be more than chance to count, at this level
 
 
@@ -101,34 +102,55 @@ def judge(
 def without_each(
     verdict: Verdict,
     candidate: Sequence[bool],
-    others: Sequence[Sequence[bool]],
+    serving: Sequence[bool],
+    source: Sequence[bool],
     clients: Sequence[str],
     limited: Iterable[str],
+    classes: Sequence[int] = (),
+    max_class_drop: float = 1.0,
 ) -> Verdict:
     """The verdict, unless it rests on the labels of one client.
 
-    A candidate that by everybody else's labels is below the serving version, or below the source, by more than a
-    standard error is rejected: who may label may not decide alone what is served.
+    What is accepted has to be better by everybody else's labels too, though less surely so (`OTHERS_ALPHA`): who
+    may label may not decide alone what is served.
 
     Args:
         verdict: on all labels.
-        candidate: for each gate label, whether the candidate is right.
-        others: the same for the versions it must not be below.
+        candidate: see `judge`.
+        serving: see `judge`.
+        source: see `judge`.
         clients: who gave each label.
         limited: clients that have to be left out in turn.
+        classes: see `judge`.
+        max_class_drop: see `judge`.
     """
-    alone = carried_by(candidate, others, clients, limited)
-    if verdict.outcome != "accepted" or alone is None:
-        return verdict
-    return replace(verdict, outcome="rejected", reason=f"worse by the labels of all but client {alone!r}")
+    for client in sorted(set(clients).intersection(limited)):
+        if verdict.outcome != "accepted":
+            break
+        rest = [i for i, name in enumerate(clients) if name != client]
+        own, now, home = ([each[i] for i in rest] for each in (candidate, serving, source))
+        named = [classes[i] for i in rest] if classes else ()
+        others = judge(own, now, home, None, OTHERS_ALPHA, named, max_class_drop)
+        if others.outcome != "accepted":
+            needed = round(others.labels_needed * len(clients) / max(1, len(rest)))
+            reason = f"by the labels of all but client {client!r}: {others.reason}"
+            verdict = replace(verdict, outcome=others.outcome, reason=reason, labels_needed=needed)
+    return verdict
 
 
 def carried_by(
     candidate: Sequence[bool], others: Sequence[Sequence[bool]], clients: Sequence[str], limited: Iterable[str]
 ) -> str | None:
-    """The client without whose labels a candidate is below another version; None if there is none such.
+    """The client without whose labels a candidate is below another version by more than a standard error.
 
-    Arguments as of `without_each`.
+    Args:
+        candidate: for each label, whether the candidate is right.
+        others: the same for the versions it must not be below.
+        clients: who gave each label.
+        limited: clients that have to be left out in turn.
+
+    Returns:
+        The first of them; None if there is none.
     """
     for client in sorted(set(clients).intersection(limited)):
         rest = [i for i, name in enumerate(clients) if name != client]

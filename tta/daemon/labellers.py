@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tta.auth import Clients
-from tta.monitor.accuracy import more_errors_p_value
+from tta.monitor.accuracy import PairedTest, more_errors_p_value
 
 P_VALUE = 0.001  # that two error rates so different are chance; asked again and again, hence so small
 DIFFERENCE = 0.15  # of the error rates, under which it is no matter
@@ -65,6 +65,34 @@ class Labellers:
         if 0 <= limit < total:
             used = {c: n * limit // total for c, n in used.items()}
         return used
+
+
+class PairedTests:
+    """Is the previous version better than the new one, by all labels or by those of all but one client?
+
+    One client's labels cannot hide what the others' show.
+
+    Args:
+        alpha: chance that any of the tests disagrees while the new version is no worse.
+        limited: clients that are left out in turn.
+    """
+
+    def __init__(self, alpha: float, limited: frozenset[str]) -> None:
+        without = limited if len(limited) > 1 else frozenset[str]()
+        alpha /= 1 + len(without)
+        self.all = PairedTest(alpha)
+        self._without = {client: PairedTest(alpha) for client in without}
+
+    def update(self, client: str, new_correct: bool, previous_correct: bool) -> None:
+        """Take one label of a client."""
+        for left_out, test in ((None, self.all), *self._without.items()):
+            if left_out != client:
+                test.update(new_correct, previous_correct)
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether labels have shown the previous version to be better."""
+        return any(test.disagrees for test in (self.all, *self._without.values()))
 
 
 @dataclass(frozen=True)

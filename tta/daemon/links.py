@@ -155,6 +155,10 @@ class ServerLink:
         """Whether a swap is under way."""
         return self._swap is not None
 
+    def silent_s(self, now: float) -> float:
+        """Seconds since it was last heard of; or, if that is longer, since it should have computed something."""
+        return max(now - self.last_seen, float(self.hello.get("stalled_s", 0.0)))
+
     def say_hello(self) -> None:
         """Ask whether it is there; the answer arrives in `handle`. Also repeats a swap it had no time for."""
         self._send({"op": "hello"})

@@ -331,7 +331,7 @@ class Operation:
         alpha /= 1 if free is None else 2  # two candidates share it
         limited, (gave, gave_fit) = self.labels.labellers().limited, clients
         verdict, kept = gate.judge(candidate, serving, source, label_free, alpha, **guard), on_anchor[0]
-        verdict = gate.without_each(verdict, candidate, (serving, source), gave, limited)
+        verdict = gate.without_each(verdict, candidate, serving, source, gave, limited, **guard)
         if label_free is not None and free is not None:
             guard["classes"] = [*y.tolist(), *y_fit.tolist()]
             all_free, all_serving, all_source = (
@@ -339,7 +339,7 @@ class Operation:
             )
             plain = gate.judge(all_free, all_serving, all_source, None, alpha, **guard)
             everybody = [*gave, *gave_fit]
-            plain = gate.without_each(plain, all_free, (all_serving, all_source), everybody, limited)
+            plain = gate.without_each(plain, all_free, all_serving, all_source, everybody, limited, **guard)
             better = verdict.outcome != "accepted" or sum(label_free) > sum(candidate)
             if better and plain.outcome == "accepted":
                 self._count(block, verdict.outcome)

@@ -162,7 +162,7 @@ class Rehearsals:
         g = self.config.gate
         verdict = gate.judge(candidate, serving, source, None, g.alpha / 2, classes, g.max_class_drop)
         limited = self.labels.labellers().limited
-        verdict = gate.without_each(verdict, candidate, (serving, source), clients, limited)
+        verdict = gate.without_each(verdict, candidate, serving, source, clients, limited)
         alone = gate.carried_by(candidate, (serving, source), clients, limited)
         unproven = not gate.behind(candidate, serving) and sum(candidate) >= sum(source) and len(candidate) > 0
         unproven &= alone is None

@@ -43,6 +43,7 @@ class Servers:
         run_folder: where sockets and hand-over files lie.
         bundle_sha256: of the bundle that they serve.
         version_folder: where the version to start with lies; None: the source.
+        time_us: see `tta.daemon.clock`.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class Servers:
         run_folder: Path,
         bundle_sha256: str,
         version_folder: Callable[[], Path | None],
+        time_us: Callable[[], int],
         log: Logger,
     ) -> None:
         self._config = config
         self._run_folder = run_folder
         self._bundle_sha256 = bundle_sha256
         self._version_folder = version_folder
+        self._time_us = time_us
         self._log = log
         key = config.security.key
         # Read once: a file that is lost later stops nothing.
@@ -81,7 +84,7 @@ class Servers:
     def ready(self) -> bool:
         """Whether one of them answers predictions."""
         now = time.monotonic()
-        return any(link.process.ready and now - link.last_seen < LIVE_S for link in self.links)
+        return any(link.process.ready and link.silent_s(now) < LIVE_S for link in self.links)
 
     @property
     def swapping(self) -> bool:
@@ -140,7 +143,7 @@ class Servers:
         for link in self.links:
             process = link.process
             if process.ready and link.last_seen:
-                yield process, now - link.last_seen, limit_s
+                yield process, link.silent_s(now), limit_s
             else:
                 yield process, process.age_s, max(START_S, limit_s)
 
@@ -189,6 +192,7 @@ class Servers:
             key=str(key.resolve()) if key else None,
             public_key=self._public_key,
             clients=str(clients.resolve()) if clients else None,
+            time_us=self._time_us(),
             **settings,
         )
 

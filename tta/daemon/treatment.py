@@ -14,7 +14,9 @@ import numpy.typing as npt
 from tta.config import Config
 from tta.daemon import gate
 from tta.daemon.case import NEW, Case
+from tta.daemon.clock import Clock
 from tta.daemon.cycle import Cycle, Event, State
+from tta.daemon.labellers import PairedTests
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger, stack_inputs
 from tta.daemon.library import HOME, Library, Regime
@@ -27,7 +29,7 @@ from tta.daemon.servers import Servers
 from tta.daemon.store import Store
 from tta.daemon.watch import Finding, Watch
 from tta.errors import NotFoundError
-from tta.monitor.accuracy import PairedTest, binomial_tail, more_errors_p_value
+from tta.monitor.accuracy import binomial_tail, more_errors_p_value
 from tta.monitor.diagnosis import Diagnosis
 from tta.monitor.regimes import LOOKS, WINDOW, Fingerprint
 from tta.versions import SOURCE
@@ -48,6 +50,7 @@ MORE_FEEDBACK = 64  # answers called right or wrong, and it is made of them too;
 FIRST_RATES = 16  # outcomes of a version after which feedback first judges it; then of twice as many
 MAX_CLASS_RUN = 3.0  # classes that come in longer runs would spoil the estimate
 JUDGED_SAMPLES = 256  # after which a shift is taken for harmless unless it looks harmful
+UNSAVED_US = 10_000_000  # that may have passed since the state was saved last
 SUSPICION_SAMPLES = 48  # to find out where the traffic of a cured regime went before it is an alarm
 
 
@@ -84,11 +87,12 @@ class Treatment:
         self.cycle = Cycle()
         self.case = Case()
         self.sequence = 0  # of the next observed sample
+        self.clock = Clock()
         self.rate = 0.0  # observed images a second, over the last minute or so
         self.diagnosis: Diagnosis | None = None
         self.events: deque[dict[str, Any]] = deque(maxlen=200)
         self._log = log
-        self._paired = PairedTest(config.gate.rollback_alpha)
+        self._paired = PairedTests(config.gate.rollback_alpha, frozenset())
         self._rates_at, self._rate_looks = FIRST_RATES, 0
         self._probation_from: float | None = None
         self._right: dict[str, deque[bool]] = {m: deque(maxlen=ACCURACY_WINDOW) for m in ("serving", "source")}
@@ -112,6 +116,7 @@ class Treatment:
         saved = self.store.load_state()
         lost = saved is None
         saved = saved or {}
+        self.clock.advance(int(saved.get("time_us", 0)) + UNSAVED_US)
         self.case = Case.load(saved.get("case", {}))
         self.sequence = max(int(saved.get("sequence", 0)), self.labels.last_sequence() + 1)
         if lost:
@@ -162,7 +167,12 @@ class Treatment:
 
         A disk that takes nothing is no reason to stop: it is tried again with the next save.
         """
-        state = {"state": self.cycle.state, "sequence": self.sequence, "case": asdict(self.case)}
+        state = {
+            "state": self.cycle.state,
+            "sequence": self.sequence,
+            "time_us": self.clock.now_us(),
+            "case": asdict(self.case),
+        }
         if self.library.unsaved:
             self.library.save()
         try:
@@ -510,13 +520,13 @@ class Treatment:
             if not probing or not self._probing():
                 return
             for row, was_right in zip(rows, right[1], strict=True):
-                self._paired.update(row.label == row.predicted, bool(was_right))
+                self._paired.update(row.client, row.label == row.predicted, bool(was_right))
             if self._paired.disagrees and self.acting:
                 self.happen(
                     Event.DISAGREED,
-                    labels=self._paired.n_labels,
-                    new_only=self._paired.new_only,
-                    previous_only=self._paired.previous_only,
+                    labels=self._paired.all.n_labels,
+                    new_only=self._paired.all.new_only,
+                    previous_only=self._paired.all.previous_only,
                 )
 
         self.shadow.ask(versions, x, then)
@@ -584,10 +594,10 @@ class Treatment:
                     self.happen(Event.HARMLESS, labels=have, kind=self.case.kind)
         elif self.cycle.state is State.PROBATION and self._probation_from is not None and self.acting:
             elapsed = time.monotonic() - self._probation_from
-            enough = self._paired.n_labels >= self.config.gate.probation_labels
+            enough = self._paired.all.n_labels >= self.config.gate.probation_labels
             known = self.target is not None or self.case.kind == "output" or self.watch.knows_shift()
             if known and (enough or elapsed >= self.config.gate.probation_s):
-                self.happen(Event.CONFIRMED, labels=self._paired.n_labels, seconds=round(elapsed, 3))
+                self.happen(Event.CONFIRMED, labels=self._paired.all.n_labels, seconds=round(elapsed, 3))
         elif self._is_idle() and self.rehearsals.due():
             self.rehearsals.begin()
 
@@ -650,7 +660,8 @@ class Treatment:
             regime, right = candidates[best], rights[best]
             verdict = gate.judge(right, serving, right, None, alpha)
             limited = self.labels.labellers().limited
-            verdict = gate.without_each(verdict, right, (serving,), [r.client for r in rows], limited)
+            gave = [r.client for r in rows]
+            verdict = gate.without_each(verdict, right, serving, right, gave, limited)
             if verdict.outcome == "accepted" and verdict.accuracy_candidate >= regime.accuracy - RECALL_MARGIN:
                 self.case.target = regime.number
                 self.happen(Event.KNOWN, regime=regime.number, recalled_version=regime.version, **verdict.fields())
@@ -829,7 +840,7 @@ class Treatment:
         case.serving, case.regime, case.since = version, regime, self.sequence
         if reason != RELIEF:
             case.proven = None
-        self._paired = PairedTest(self.config.gate.rollback_alpha)
+        self._paired = PairedTests(self.config.gate.rollback_alpha, self.labels.labellers().limited)
         self._rates_at, self._rate_looks = FIRST_RATES, 0
         self._probation_from = time.monotonic()
         for right in self._right.values():

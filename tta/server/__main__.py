@@ -39,6 +39,7 @@ OBSERVATION_BYTES = 256 << 20  # memory of batches queued for the daemon
 BUILDER_NICE = 10
 ID_STRIDE = 10**14  # between two servers' ids: three years of microseconds; those of 16 servers fit a double
 SWITCH_S = 0.0005  # Python's 5 ms would be how long the frontend waits for a builder that is busy in Python
+CANARY_S = 2.0  # seconds without a request after which an image is computed all the same
 SHIP_S = 1.0  # seconds between two shipments of counters
 
 
@@ -50,9 +51,10 @@ class Server:
         self.log = logger
         self.should_exit = False
         # Ids are microseconds at start plus images since: unique over restarts and servers, exact in a double.
-        self.epoch = time.time_ns() // 1000 + options.number * ID_STRIDE
+        self.epoch = max(time.time_ns() // 1000, options.time_us) + options.number * ID_STRIDE
         self.next_id = self.epoch
         self.building = False
+        self.inferred = time.monotonic()  # seconds, when a batch was last computed
 
     def startup(self) -> None:
         """Load the model, warm it, bind the sockets."""
@@ -113,6 +115,7 @@ class Server:
             start = time.monotonic()
             self.predictor.run(x)
             self.batcher.observe(size, time.monotonic() - start)
+        self.inferred = time.monotonic()
 
     def _first_version(self) -> Any:
         folder = self.options.version_folder
@@ -173,16 +176,32 @@ class Server:
                 try:
                     computed = self._predict(batch, observations, sample)
                     self.frontend.finish(computed)
-                    self.batcher.observe(len(computed.logits), time.monotonic() - start)
+                    self.inferred = time.monotonic()
+                    self.batcher.observe(len(computed.logits), self.inferred - start)
                 except Exception as error:  # whatever the runtime raises, the clients get an answer
                     self.log.exception("batch_failed", error=str(error))
                     self.frontend.finish(Failed(batch, error))
             elif not dropped and draining:
                 break
+            elif time.monotonic() - self.inferred >= CANARY_S:
+                self._sing()
             if time.monotonic() - shipped >= SHIP_S:
                 shipped = time.monotonic()
                 self._ship(observations, [msgspec.msgpack.encode(self.statistics.snapshot(self.batcher.images))])
         observations.close()
+
+    def _sing(self) -> None:
+        """An idle server computes an image now and then, to know that it could."""
+        try:
+            self.predictor.run(self.buffer[:1])
+            self.inferred = time.monotonic()
+        except Exception as error:  # told, and tried again; the daemon ends a server that cannot
+            self.log.exception("canary_failed", error=str(error))
+
+    def _stalled_s(self) -> float:
+        """Seconds since a batch was last computed, less what the largest takes."""
+        largest_s = self.batcher.compute_time.of(self.options.max_batch_size)
+        return max(0.0, time.monotonic() - self.inferred - CANARY_S - largest_s)
 
     def _observation_limit(self) -> int:
         """Batches queued for the daemon at most, by count and by memory."""
@@ -243,6 +262,7 @@ class Server:
                     "bundle_sha256": self.bundle.sha256,
                     "options": msgspec.to_builtins(self.options),
                     "version": self.version(),
+                    "stalled_s": self._stalled_s(),
                     "device": self.predictor.device,
                 }
             )

@@ -15,6 +15,7 @@ class ServerOptions(msgspec.Struct, kw_only=True):
         device: "cpu", "cuda" or "auto", with the GPU's number after a colon where there are GPUs.
         key: file of the daemon's key pair, `public_key` its public half: another key is another service.
         clients: file of the list of clients.
+        time_us: microseconds since the epoch at least: prediction ids begin beyond those of any server before.
     """
 
     bundle: str
@@ -39,12 +40,12 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     public_key: str = ""
     clients: str | None = None
     seed: int = 0
+    time_us: int = 0
 
     def same_service(self, other: "ServerOptions") -> bool:
         """Whether a server started with `other` can be used as one started with these; the version may differ."""
-        return msgspec.structs.replace(self, version_folder=None) == msgspec.structs.replace(
-            other, version_folder=None
-        )
+        ours, theirs = (msgspec.structs.replace(each, version_folder=None, time_us=0) for each in (self, other))
+        return ours == theirs
 
 
 class Observation(msgspec.Struct, kw_only=True):
