@@ -1,13 +1,17 @@
-"""`tta check`: would it serve? Load everything, warm up, exit."""
+"""`tta check`: would it serve? Read the state folder, load everything, warm up, exit."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tta.commands.output import Json, print_json
 from tta.commands.serve import parse_overrides
+
+if TYPE_CHECKING:
+    from tta.daemon.inspection import Finding
 
 
 def register(app: typer.Typer) -> None:
@@ -18,20 +22,39 @@ def register(app: typer.Typer) -> None:
 def check(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle to check; default: the configuration's.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")] = None,
+    state: Annotated[Path | None, typer.Option("--state", help="State folder to check.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Set damaged files aside; of labels keep what can be read.")
+    ] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Load configuration and bundle, build and warm the model, predict the anchor set, exit."""
+    """Read the state folder to its end, load and warm the model, predict the anchor set, exit.
+
+    Damaged files are listed with what is lost without them; `--repair` renames them, so that a daemon goes on
+    without, and never deletes one. The exit status is 1 while there are any.
+    """
     import numpy as np
 
     from tta.bundle import load_bundle, source_is_importable
     from tta.config import load_config
+    from tta.daemon.inspection import inspect
+    from tta.errors import ConfigError
     from tta.server.predictor import Predictor, resolve_precision
 
     overrides: dict[str, object] = dict(parse_overrides(settings or []))
     if bundle is not None:
         overrides["bundle"] = bundle
+    if state is not None:
+        overrides["state"] = state
     c = load_config(config, overrides)
+    if (state is not None or repair) and not c.state.is_dir():
+        raise ConfigError(f"state folder {c.state} does not exist: nothing to check there")
+    findings = inspect(c.state, repair) if c.state.is_dir() else []
+    damaged = [f for f in findings if f.problem]
+    if not as_json:
+        for line in _lines(c.state, findings):
+            print(line)
     loaded = load_bundle(c.bundle)
     c.check_model([b.name for b in loaded.manifest.blocks])
     importable = source_is_importable(loaded.manifest.source)
@@ -58,7 +81,7 @@ def check(
         "finite": bool(all(np.isfinite(w).all() for w in loaded.weights.values())),
     }
     if as_json:
-        print_json(result)
+        print_json({**result, "state": [asdict(f) for f in findings]})
     else:
         print(
             f"ok: {result['name']} on {result['device']} in {precision}, warm in {warm_s:.2f} s, "
@@ -67,3 +90,21 @@ def check(
         if not importable:
             source = loaded.manifest.source
             print(f"warning: {source!r} cannot be imported from here, so nothing can be adapted: set PYTHONPATH")
+    if any(not f.repaired for f in damaged):
+        raise typer.Exit(1)
+
+
+def _lines(root: Path, findings: "list[Finding]") -> list[str]:
+    """What is worth reading of a state folder."""
+    if not findings:
+        return []
+    damaged = [f for f in findings if f.problem]
+    unused = [f for f in findings if f.consequence and not f.problem]
+    lines = []
+    for f in damaged:
+        lines.append(f"damaged: {f.problem}")
+        lines.append(f"         {f.repaired or 'tta check --repair sets it aside'}; without it, {f.consequence}")
+    lines += [f"unused: {f.file}: {f.consequence}" for f in unused]
+    sound = len(findings) - len(damaged) - len(unused)
+    lines.append(f"{'ok' if not damaged else 'state'}: {root}, {sound} sound, {len(damaged)} damaged")
+    return lines

@@ -34,7 +34,7 @@ from tta.daemon.metrics import WORKERS, Metrics
 from tta.daemon.operation import Operation
 from tta.daemon.processes import Logger, Process, runtime_folder
 from tta.daemon.servers import Servers, server_name
-from tta.daemon.store import Store
+from tta.daemon.store import Store, lock
 from tta.daemon.treatment import Treatment
 from tta.daemon.watch import Watch, calibrated_for
 from tta.errors import ConfigError, TTAError
@@ -96,7 +96,7 @@ class Daemon:
         if not source_is_importable(manifest.source):
             self.log.warning("source_not_importable", source=manifest.source, consequence="cannot adapt")
         self.store = Store(config.state, self.bundle.sha256)
-        self._lock()
+        self._lock_file = lock(config.state)
         self.run_folder = runtime_folder(config.state)
         names = [server_name(number) for number, _ in enumerate(config.server.endpoints)]
         self.metrics = Metrics(manifest, (*names, *WORKERS))
@@ -195,16 +195,6 @@ class Daemon:
         measured = calibrated_for(self.store.load_watch()) if fixed is None else None
         kept = self.calibrations.kept(measured) if measured is not None else None
         return kept or self.calibrations.now(nearest(fixed or 0.0, 1.0))
-
-    def _lock(self) -> None:
-        """One daemon a state folder."""
-        import fcntl
-
-        self._lock_file = (self.config.state / "lock").open("a+")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"state folder {self.config.state} is in use by another daemon") from error
 
     def _open_door(self) -> Doorkeeper | None:
         """Who asks clients for their keys, if anybody does."""

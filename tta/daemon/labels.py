@@ -170,6 +170,37 @@ def _readable(path: Path) -> list[tuple[Any, ...]]:
     return list(rows.values())
 
 
+def check_labels(path: Path) -> None:
+    """Read a file of labels to its end.
+
+    Raises:
+        sqlite3.DatabaseError: it is damaged.
+    """
+    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+    try:
+        problem = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+    finally:
+        db.close()
+
+
+def salvage(path: Path) -> tuple[Path, int]:
+    """Set a damaged file aside and begin another with what can be read of it; its new name, number of labels."""
+    aside = set_aside(path)
+    for suffix in ("-wal", "-shm"):  # SQLite looks for them beside the file
+        beside = path.with_name(path.name + suffix)
+        if beside.exists():
+            beside.rename(aside.with_name(aside.name + suffix))
+    fresh = _open(path)
+    found = _readable(aside)
+    fresh.execute("BEGIN")  # one wait for the disk, not one for each
+    fresh.executemany(INSERT, found)
+    fresh.execute("COMMIT")
+    fresh.close()
+    return aside, len(found)
+
+
 class LabelBuffer:
     """Labels on disk. Owned by the daemon's main thread.
 
@@ -199,22 +230,9 @@ class LabelBuffer:
         except sqlite3.OperationalError as error:  # the disk is full, say, or the file is another user's
             raise ConfigError(f"label buffer {path} cannot be opened: {error}") from error
         except sqlite3.DatabaseError as error:
-            self._db = self._salvage(path, error)
-
-    def _salvage(self, path: Path, error: sqlite3.DatabaseError) -> sqlite3.Connection:
-        """Set a damaged file aside and begin another with what can be read of it."""
-        aside = set_aside(path)
-        for suffix in ("-wal", "-shm"):  # SQLite looks for them beside the file
-            beside = path.with_name(path.name + suffix)
-            if beside.exists():
-                beside.rename(aside.with_name(aside.name + suffix))
-        fresh = _open(path)
-        found = _readable(aside)
-        fresh.execute("BEGIN")  # one wait for the disk, not one for each
-        fresh.executemany(INSERT, found)
-        fresh.execute("COMMIT")
-        self.damaged[str(aside)] = f"{path} is damaged: {error}; {len(found)} labels could be read"
-        return fresh
+            aside, n = salvage(path)
+            self.damaged[str(aside)] = f"{path} is damaged: {error}; {n} labels could be read"
+            self._db = _open(path)
 
     def add(self, labelled: Sequence[Labelled], settles: bool = False) -> Added:
         """Store labels; when this returns they are on disk.

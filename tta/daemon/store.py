@@ -4,7 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import numpy.typing as npt
@@ -23,6 +23,23 @@ from tta.errors import ConfigError, DamagedError, DeltaError, NotFoundError
 from tta.versions import SOURCE, VersionManifest, load_version
 
 Array = npt.NDArray[Any]
+
+
+def lock(root: Path) -> IO[str]:
+    """Hold a state folder until the file is closed: one daemon at a time.
+
+    Raises:
+        ConfigError: another holds it.
+    """
+    import fcntl
+
+    file = (root / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"state folder {root} is in use by another daemon") from error
+    return file
 
 
 class Store:
