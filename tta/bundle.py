@@ -14,8 +14,10 @@ import hashlib
 import importlib.util
 import json
 import os
+import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +124,13 @@ class Bundle:
     graph_fp16: bytes | None = None
 
 
+# What zipfile raises for archives that are damaged, encrypted, or compressed in a way it does not know.
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(OSError, EOFError, KeyError, IndexError, ValueError, RuntimeError),
+)
+
+
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Read a bundle and verify every checksum in it.
 
@@ -172,7 +181,7 @@ def _read(root: Path, name: str) -> bytes:
         raise BundleError(
             f"{root}: {name + ' is missing' if root.exists() else 'no such bundle'}: see `tta package`"
         ) from error
-    except (KeyError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except _UNREADABLE as error:
         raise BundleError(f"{root}: {name} cannot be read ({error}): copy or package the bundle again") from error
 
 

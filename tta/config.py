@@ -335,6 +335,10 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
             raise ConfigError(f"{path} cannot be read: {reason}") from error
         if not isinstance(loaded, dict):
             raise ConfigError(f"{path}: expected settings as KEY: VALUE, got {type(loaded).__name__}")
+        maps = [each for each in (loaded, *loaded.values()) if isinstance(each, dict)]
+        odd = [key for each in maps for key in each if not isinstance(key, str)]  # YAML has others
+        if odd:
+            raise ConfigError(f"{path}: {odd[0]!r} is no name of a setting")
     nested: dict[str, Any] = {}
     for name, value in (overrides or {}).items():
         *sections, key = name.split(".")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tta.errors import InputError
 
@@ -34,7 +34,7 @@ def read_image(path: Path, image_shape: Sequence[int], resize: str) -> Array:
     try:
         with Image.open(path) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # of damaged pictures the decoders raise whatever they like
         raise InputError(f"{path} cannot be read as a picture: {error}") from error
     if image.size != (width, height):
         if resize == "crop":

@@ -5,6 +5,7 @@ written as 40 characters of Z85.
 """
 
 import os
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,9 +54,9 @@ def read_key_pair(path: Path) -> KeyPair:
 def _read(path: Path) -> tuple[bytes, bytes | None]:
     try:
         public, secret = zmq.auth.load_certificate(path)
-        for half in (public, secret or public):
+        for half in (public, public if secret is None else secret):
             check_key(half.decode("ascii"))
-    except (OSError, ValueError, InputError) as error:
+    except (OSError, ValueError, IndexError, InputError) as error:  # pyzmq takes its files for well-formed
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"key file {path} cannot be read: {reason}; tta keygen makes one") from error
     return public, secret
@@ -69,7 +70,7 @@ def check_key(text: str) -> None:
     """
     try:
         right = len(text) == 40 and len(z85.decode(text)) == 32
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, struct.error):
         right = False
     if not right:
         raise InputError("no key: 40 characters of Z85 are wanted")

@@ -153,6 +153,14 @@ class Ask(Request, tag_field="op", tag="ask", omit_defaults=True, kw_only=True):
     n: int = 16
 
 
+class _Refusal(msgspec.Struct):
+    """What a reply says of an error."""
+
+    code: int
+    error: str = ""
+    retry_after_s: float | None = None
+
+
 DataRequest = Predict | Cancel | Metadata | Ready
 ControlRequest = (
     Label
@@ -292,14 +300,16 @@ def decode_reply(frames: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:
     """Split a reply into its header and its tensor frames.
 
     Raises:
-        ProtocolError: the header is not msgpack, or of another version.
+        ProtocolError: the header is not msgpack, or of another version, or tells an error in another way.
     """
     if not frames:
         raise ProtocolError("empty reply")
     try:
         header = _reply.decode(frames[0])
+        if header.get("code", Code.OK) != Code.OK:
+            msgspec.convert(header, _Refusal)
     except _UNDECODABLE as error:
-        raise ProtocolError(f"reply header is not a msgpack map: {error}") from error
+        raise ProtocolError(f"reply header is not one of this protocol: {error}") from error
     check_version(header.get("v", -1))
     return header, list(frames[1:])
 

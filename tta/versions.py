@@ -62,6 +62,6 @@ def load_version(
             if hashlib.sha256(data).hexdigest() != manifest.sha256.get(name):
                 raise DeltaError(f"{folder / name} does not match its manifest's sha256")
             arrays[name] = load(data)
-    except (OSError, msgspec.DecodeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, msgspec.MsgspecError, SafetensorError) as error:
         raise DeltaError(f"version in {folder} cannot be read: {error}") from error
     return manifest, arrays["delta.safetensors"], arrays["probe.safetensors"]

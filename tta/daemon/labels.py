@@ -6,7 +6,9 @@ ones find theirs.
 """
 
 import hashlib
+import math
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,7 @@ COLUMNS = (
     *("prediction_id", "sequence", "version", "label", "predicted", "fit", "asked", "x", "feedback"),
     *("client", "contested"),
 )
+IMAGE = COLUMNS.index("x")
 INSERT = f"INSERT OR REPLACE INTO labels ({', '.join(COLUMNS)}) VALUES ({','.join('?' * len(COLUMNS))})"
 RETRY_S = 5.0  # until labels that could not be stored may be sent again
 MAX_SPANS = 4096  # remembered; older labels belong to no regime any more
@@ -146,6 +149,9 @@ def _open(path: Path) -> sqlite3.Connection:
     except sqlite3.DatabaseError:
         db.close()
         raise
+    except UnicodeError as error:  # in what SQLite says of it
+        db.close()
+        raise sqlite3.DatabaseError(str(error)) from error
     return db
 
 
@@ -154,7 +160,7 @@ def _columns(db: sqlite3.Connection) -> list[str]:
 
 
 def _readable(path: Path) -> list[tuple[Any, ...]]:
-    """The labels of a damaged file that can be read: from both ends up to what cannot."""
+    """The labels of a damaged file that can be read and may be true: from both ends up to what cannot."""
     rows: dict[int, tuple[Any, ...]] = {}
     for order in ("ASC", "DESC"):
         db = sqlite3.connect(path)
@@ -163,11 +169,27 @@ def _readable(path: Path) -> list[tuple[Any, ...]]:
             wanted = ", ".join(c if c in has else "''" if c == "client" else "0" for c in COLUMNS)
             for row in db.execute(f"SELECT {wanted} FROM labels NOT INDEXED ORDER BY prediction_id {order}"):
                 rows[row[0]] = row
-        except sqlite3.DatabaseError:
+        except (sqlite3.DatabaseError, UnicodeError):
             continue
         finally:
             db.close()
-    return list(rows.values())
+    lengths = Counter(len(row[IMAGE]) for row in rows.values() if isinstance(row[IMAGE], bytes))
+    usual = next((n for n, _ in lengths.most_common(1)), 0)
+    return [row for row in rows.values() if _is_label(row, usual)]
+
+
+def _is_label(row: tuple[Any, ...], n_bytes: int) -> bool:
+    """Whether every column holds what it should; of the images all have as many bytes."""
+    for name, value in zip(COLUMNS, row, strict=True):
+        if name == "x":
+            right = value is None or (isinstance(value, bytes) and len(value) == n_bytes)
+        elif name == "client":
+            right = isinstance(value, str)
+        else:
+            right = isinstance(value, int) or (name == "label" and value is None)
+        if not right:
+            return False
+    return True
 
 
 def check_labels(path: Path) -> None:
@@ -181,6 +203,8 @@ def check_labels(path: Path) -> None:
         problem = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
+    except UnicodeError as error:
+        raise sqlite3.DatabaseError(str(error)) from error
     finally:
         db.close()
 
@@ -227,9 +251,11 @@ class LabelBuffer:
         self.damaged: dict[str, str] = {}  # files set aside, by their new name, and why
         try:
             self._db = _open(path)
-        except sqlite3.OperationalError as error:  # the disk is full, say, or the file is another user's
-            raise ConfigError(f"label buffer {path} cannot be opened: {error}") from error
         except sqlite3.DatabaseError as error:
+            # A full disk, or another user's file, is no damage; a table without our columns is.
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+            if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
+                raise ConfigError(f"label buffer {path} cannot be opened: {error}") from error
             aside, n = salvage(path)
             self.damaged[str(aside)] = f"{path} is damaged: {error}; {n} labels could be read"
             self._db = _open(path)
@@ -418,7 +444,11 @@ class LabelBuffer:
         return sorted(found, key=lambda r: -r.sequence)
 
     def _image(self, blob: bytes | None) -> Array | None:
-        return None if blob is None else np.frombuffer(blob, np.uint8).reshape(self.image_shape)
+        if not isinstance(blob, bytes) or len(blob) != math.prod(
+            self.image_shape
+        ):  # damage that SQLite did not see
+            return None
+        return np.frombuffer(blob, np.uint8).reshape(self.image_shape)
 
     def close(self) -> None:
         """Close the database."""

@@ -96,7 +96,7 @@ class Store:
         """Whether the gate accepted a version; False if its manifest cannot be read."""
         try:
             return version == SOURCE or self.manifest(version).verdict.get("outcome") == "accepted"
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError, msgspec.MsgspecError):
             return False
 
     def verified(self, wanted: int) -> int:
