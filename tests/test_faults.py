@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bench.faults import SITE
 from tests.traffic import Traffic, status
 from tests.waiting import until
 from tta.errors import UnavailableError
@@ -199,35 +200,12 @@ def test_two_daemons_cannot_share_a_state_folder(start_daemon: Callable[..., Dae
     assert status(first)["state"] == "stable"
 
 
-# Loaded by every process of a daemon before its own modules: a clock that can be set, and a computation that
-# does not end, as with a driver that hangs.
-FAULTS = """
-import sys, time
-from pathlib import Path
-folder = Path(__file__).parent
-real_ns = time.time_ns
-def shifted_ns():
-    path = folder / "clock_ns"
-    return real_ns() + (int(path.read_text()) if path.exists() else 0)
-time.time_ns = shifted_ns
-time.time = lambda: shifted_ns() / 1e9
-if "tta.server" in sys.orig_argv:
-    from tta.server.predictor import Predictor
-    run = Predictor.run
-    def stuck(self, x):
-        while (folder / "hang").exists():
-            time.sleep(0.02)
-        return run(self, x)
-    Predictor.run = stuck
-"""
-
-
 @pytest.fixture
 def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which `hang` keeps servers from computing, and `clock_ns` shifts every process's wall clock."""
     folder = tmp_path / "faults"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(FAULTS)
+    (folder / "sitecustomize.py").write_text(SITE)
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     return folder
 
