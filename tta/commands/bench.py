@@ -110,6 +110,8 @@ def _print(report: dict[str, Any]) -> None:
         [[name, n, *(f"{1000 * v:.2f}" for v in values.values())] for name, n, values in rows],
     )
     refused = ", ".join(f"{n} {code}" for code, n in report["refused"].items()) or "none"
+    if report["refused_s"]:
+        refused += f" (half of them within {1e3 * report['refused_s']['p50']:.1f} ms)"
     answered_by = ", ".join(report["versions"]) or "none"
     console.print(f"refused: {refused}; without any answer: {report['unanswered']}; versions: {answered_by}")
     late, median = report["generator_late_s"].get("p50", 0.0), report["latency_s"].get("p50", 0.0)

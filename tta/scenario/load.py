@@ -96,6 +96,7 @@ class Measured:
         queue_s: seconds that answered requests waited in the server.
         compute_s: seconds of their batches.
         refused: replies that were no answer, by code.
+        refused_s: seconds to each of them.
         unanswered: requests without any reply.
         late_s: seconds that the generator itself was late, of each request; 0 in closed loop.
     """
@@ -109,6 +110,7 @@ class Measured:
     queue_s: list[float] = field(default_factory=list)
     compute_s: list[float] = field(default_factory=list)
     refused: dict[str, int] = field(default_factory=dict)
+    refused_s: list[float] = field(default_factory=list)
     unanswered: int = 0
     late_s: list[float] = field(default_factory=list)
 
@@ -125,6 +127,7 @@ class Measured:
             "queue_s": quantiles(self.queue_s),
             "compute_s": quantiles(self.compute_s),
             "refused": dict(self.refused),
+            "refused_s": quantiles(self.refused_s),
             "unanswered": self.unanswered,
             "generator_late_s": quantiles(self.late_s),
             "versions": {
@@ -244,6 +247,7 @@ class _Generator:
             return
         if reply.refused:
             m.refused[reply.refused] = m.refused.get(reply.refused, 0) + 1
+            m.refused_s.append(now - at)
             return
         m.latencies_s.setdefault(reply.version, []).append(now - at)
         m.queue_s.append(reply.queue_s)
