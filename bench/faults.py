@@ -4,7 +4,7 @@
 
 A daemon with two servers serves the digits; a client keeps a ledger: every request, its answer's version and logits,
 every label that was acknowledged. It reaches the second server through a proxy. Images are clean, noisy or blurred by
-turns, so that versions are made and recalled all the while. Then, at random: kill -9 and SIGSTOP of each process, a
+turns, so that versions are made and recalled all the while. Then, at random: kill -9 and SIGSTOP of each process, computations that do not end, a
 disk that takes nothing (RLIMIT_FSIZE), files of the state folder cut, zeroed and changed while the daemon is down, a
 wall clock that jumps, connections that are dropped and delayed, frames that nobody should send, floods of labels and of
 requests. After each it waits until everything is as before. At the end the ledger is compared with the disk, and every
@@ -192,6 +192,8 @@ class Bench:
             **{f"kill -9 {name}": self._killing(name) for name in ("server", "server1", "shadow", "adapter")},
             "kill -9 daemon": lambda: self._restart(lambda: None),
             **{f"SIGSTOP {name}": self._stopping(name) for name in ("server", "server1", "shadow", "daemon")},
+            **{f"SIGSTOP {name} for good": self._stopping_for_good(name) for name in ("server", "server1")},
+            "computation hangs": self._hang,
             "disk takes nothing": self._full_disk,
             "damaged state file": lambda: self._restart(self._damage),
             "clock jumps": self._clock,
@@ -229,6 +231,24 @@ class Bench:
                 os.kill(pid, signal.SIGCONT)
 
         return act
+
+    def _stopping_for_good(self, name: str) -> Callable[[], None]:
+        def act() -> None:
+            pid = self._pid(name)
+            if pid is not None:
+                os.kill(pid, signal.SIGSTOP)
+                self._killed[name] = pid  # which the daemon has to do
+
+        return act
+
+    def _hang(self) -> None:
+        """Neither server computes, until one of them has been killed for it."""
+        before = self.daemon.log_path.read_text().count('"process_hung"')
+        (self.site / "hang").touch()
+        end = time.monotonic() + RECOVERY_S
+        while time.monotonic() < end and self.daemon.log_path.read_text().count('"process_hung"') == before:
+            time.sleep(0.2)
+        (self.site / "hang").unlink()
 
     def _restart(self, meanwhile: Callable[[], None]) -> None:
         process = self.daemon.process

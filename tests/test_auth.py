@@ -430,16 +430,21 @@ def test_labels_of_two_clients_are_held_against_each_other(guarded: Guarded) -> 
         with guarded.client("stranger") as stranger:
             assert stranger.label(ids[31:], wrong[31:]) == ["contested"] + ["joined"] * 32
     with guarded.client("operator") as operator:
-        named = {each["client"]: each for each in operator.status()["clients_disagree"]}
+        disagree = until(lambda: operator.status()["clients_disagree"], "the comparison")
+        named = {each["client"]: each for each in disagree}
         assert set(named) == {"annotator", "stranger"}  # of two, nobody can say which
         assert (named["stranger"]["labels"], named["stranger"]["errors"]) == (32, 32)
+        assert operator.status()["labels_contested"] == {"annotator": 1, "stranger": 1}
         assert operator.label([ids[31]], [right[31]]) == ["joined"]  # an admin settles it
+        assert operator.status()["labels_contested"] == {}
     with urllib.request.urlopen(f"http://{guarded.daemon.http}/metrics", timeout=10) as reply:
         page = reply.read().decode()
     assert 'tta_client_disagrees{client="stranger"} 1.0' in page
     assert 'tta_labels_total{outcome="contested"} 1.0' in page
     assert '"client_disagrees"' in guarded.daemon.log_path.read_text()
     guarded.allow(PEOPLE)
+    with guarded.client("operator") as operator:
+        until(lambda: not operator.status()["clients_disagree"], "one alone, whom nobody contradicts")
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ class LabelsConfig(Section):
         0.5,
         gt=0,
         le=1,
-        description="of the labels used that one client may have given, where several may label; 1: all",
+        description="of the labels used that one client may give, where several may label; 1: trust each alone",
     )
 
 

@@ -1,5 +1,6 @@
 """`tta check --repair`: every file of a state folder is read, damage is named and mended, nothing is deleted."""
 
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from tests.daemon.test_memory import delta, labelled
 from tta.commands import app
 from tta.daemon.files import write_arrays, write_json
 from tta.daemon.inspection import inspect
-from tta.daemon.labels import LabelBuffer
+from tta.daemon.labels import LabelBuffer, salvage
 from tta.daemon.store import Store, lock
 from tta.errors import ConfigError
 
@@ -96,6 +97,36 @@ def test_labels_that_can_be_read_are_kept(state: Path) -> None:
     buffer = LabelBuffer(path, 500, 0.6, (4, 4, 3))
     assert len(buffer) == n >= 50
     buffer.close()
+
+
+def test_what_cannot_be_read_now_is_not_damaged(state: Path) -> None:
+    """A file of labels that another process has locked is left alone, with an error that says so."""
+    path = state / "labels.sqlite"
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA journal_mode=DELETE")
+    db.execute("BEGIN EXCLUSIVE")
+    for repair in (False, True):
+        with pytest.raises(ConfigError, match="cannot be read: database is locked"):
+            inspect(state, repair)
+    db.close()
+
+    assert not [f for f in inspect(state) if f.problem]
+
+
+def test_a_repair_keeps_the_regimes_of_labels(state: Path) -> None:
+    """Which part of the stream was of which regime is kept with the labels."""
+    path = state / "labels.sqlite"
+    buffer = LabelBuffer(path, 500, 0.6, (4, 4, 3))
+    buffer.attribute(4, 0, 200)
+    n = len(buffer.of_regime(4, True))
+    buffer.close()
+
+    _, n_kept = salvage(path)
+
+    again = LabelBuffer(path, 500, 0.6, (4, 4, 3))
+    assert n_kept == 200
+    assert len(again.of_regime(4, True)) == n > 50
+    again.close()
 
 
 def test_a_folder_in_use_is_not_repaired(state: Path) -> None:

@@ -1,5 +1,6 @@
 """How far one client is believed: shares of the labels, contested labels, who disagrees."""
 
+import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.daemon.test_memory import ID, labelled
+from tta.auth import Clients
 from tta.daemon.gate import carried_by, judge, without_each
 from tta.daemon.labellers import Labellers, PairedTests, disagreeing
 from tta.daemon.labels import LabelBuffer, Labelled
 
-THREE = Labellers(0.5, frozenset("abco"), frozenset("abc"))  # o is an admin
+THREE = Labellers(0.5, frozenset("abco"), frozenset("abc"), frozenset("o"))  # o is an admin
 ALL = replace(THREE, share=1.0)
 
 
@@ -63,12 +66,38 @@ def test_as_many_are_used_as_the_share_allows(counts: Mapping[str, int], used: M
     assert THREE.believed(counts) == used
 
 
-def test_one_who_alone_may_label_is_believed() -> None:
-    """A share limits nobody where no keys are asked for, or one client only may label."""
-    alone = Labellers(0.5, frozenset("ao"), frozenset("a"))
+def listed(path: Path, people: Mapping[str, list[str]], share: float = 0.5) -> Labellers:
+    """As a list of clients on disk has it."""
+    entries = {name: {"key": zmq.curve_keypair()[0].decode(), "roles": roles} for name, roles in people.items()}
+    path.write_text(json.dumps(entries))  # JSON is YAML
+    return Labellers.listed(Clients(path), share)
 
-    assert alone.believed({"a": 300}) == {"a": 300}
-    assert Labellers().believed({"": 300}) == {"": 300}
+
+def test_one_who_alone_may_label_decides(tmp_path: Path) -> None:
+    """Nobody is limited where no keys are asked for, one client only may label, or the share is everything."""
+    alone = listed(tmp_path / "one.yaml", {"a": ["label"], "cam": ["predict"], "o": ["admin"]})
+    trusted = listed(tmp_path / "all.yaml", {"a": ["label"], "b": ["label"]}, share=1.0)
+    right, wrong = [True] * 40, [False] * 40
+    first = judge(right, wrong, wrong, None, 0.05)
+
+    for labellers in (alone, trusted, Labellers()):
+        assert labellers.believed({"a": 300}) == {"a": 300}
+        assert without_each(first, right, wrong, wrong, ["a"] * 40, labellers.limited).outcome == "accepted"
+        tests = PairedTests(0.05, labellers.limited)
+        for _ in range(20):
+            tests.update("a", new_correct=False, previous_correct=True)
+        assert tests.disagrees
+    assert alone.believed({"cam": 5, "gone": 5, "o": 5}) == {"o": 5}
+
+
+def test_whose_role_is_taken_away_is_not_believed(tmp_path: Path) -> None:
+    """Of a client that may not label any more no label is used, rather than all."""
+    before = listed(tmp_path / "l.yaml", {"a": ["label"], "b": ["label"], "c": ["label"]})
+    after = listed(tmp_path / "l.yaml", {"a": ["predict"], "b": ["label"], "c": ["label"]})
+    counts = {"a": 1000, "b": 50, "c": 50}
+
+    assert before.believed(counts) == {"a": 100, "b": 50, "c": 50}
+    assert after.believed(counts) == {"b": 50, "c": 50}
 
 
 def test_a_flood_is_counted_and_selected_no_further_than_its_share(tmp_path: Path) -> None:
@@ -96,7 +125,7 @@ def test_labels_of_a_client_off_the_list_are_not_used(tmp_path: Path) -> None:
     buffer.add(of("b", *range(40, 80)))
     buffer.close()
 
-    without = buffer_of(path, Labellers(1.0, frozenset("bco"), frozenset("bc")))
+    without = buffer_of(path, replace(ALL, names=frozenset("bco"), limited=frozenset("bc")))
     assert {r.client for fit in (True, False) for r in without.select(0, fit)} == {"b"}
     assert without.count(0) == 40
     without.close()
@@ -105,24 +134,74 @@ def test_labels_of_a_client_off_the_list_are_not_used(tmp_path: Path) -> None:
     again.close()
 
 
-def test_what_two_clients_label_differently_is_used_by_nobody(tmp_path: Path) -> None:
-    """A contested label is kept and not used until an admin settles it; agreement contests nothing."""
-    buffer = buffer_of(tmp_path / "l.sqlite", ALL)
-    buffer.add(of("a", 1, 2, 3, label=1))
+def used(buffer: LabelBuffer) -> dict[int, tuple[int | None, str]]:
+    """By place in the stream: the label that is used, and whose it is."""
+    return {r.sequence: (r.label, r.client) for fit in (True, False) for r in buffer.select(0, fit)}
 
-    same = buffer.add(of("b", 1, label=1))
+
+def test_what_two_clients_label_differently_is_used_by_nobody(tmp_path: Path) -> None:
+    """A contested label is kept and not used until an admin settles it, which nobody undoes."""
+    buffer = buffer_of(tmp_path / "l.sqlite", ALL)
+    buffer.add(of("a", 2, 3, label=1))
+
     other = buffer.add(of("b", 2, label=2))
     insists = buffer.add(of("a", 2, label=1))
 
-    assert (same.contested, same.fresh) == (set(), [])
     assert other.contested == insists.contested == {ID + 2}
-    used = {r.sequence: r.label for fit in (True, False) for r in buffer.select(0, fit)}
-    assert used == {1: 1, 3: 1}
-    assert buffer.outcomes(0, version=0)[0] == 2
+    assert used(buffer) == {3: (1, "a")}
+    assert buffer.outcomes(0, version=0)[0] == 1
+    assert buffer.contests() == {"a": 1, "b": 1}
 
-    buffer.add(of("o", 2, label=2), settles=True)
-    used = {r.sequence: r.label for fit in (True, False) for r in buffer.select(0, fit)}
-    assert used == {1: 1, 2: 2, 3: 1}
+    buffer.add(of("o", 2, label=2))
+    assert buffer.add(of("a", 2, label=1)).contested == {ID + 2}
+    assert used(buffer) == {2: (2, "o"), 3: (1, "a")}
+    buffer.close()
+
+
+def test_what_two_clients_agree_on_is_no_longer_one_s(tmp_path: Path) -> None:
+    """An agreed label counts without limit, and its first giver can contest it, not change it."""
+    buffer = buffer_of(tmp_path / "l.sqlite", THREE)
+    buffer.add(of("a", *range(40)))
+    assert buffer.count(0) == 0  # one client's only
+    assert buffer.add(of("b", *range(40))).contested == set()
+    assert buffer.count(0) == 40
+    assert buffer.outcomes(0, version=0) == (40, 0)
+
+    changed = buffer.add(of("a", 7, label=2))
+
+    assert changed.contested == {ID + 7}
+    assert 7 not in used(buffer)
+    buffer.close()
+
+
+def test_who_is_off_the_list_contests_nothing(tmp_path: Path) -> None:
+    """Labels of a removed client are replaced by others', and what it contested is used when it is sent again."""
+    path = tmp_path / "l.sqlite"
+    buffer = buffer_of(path, ALL)
+    buffer.add(of("a", 1, 2, label=2))
+    buffer.add(of("b", 3, label=1))
+    buffer.add(of("a", 3, label=2))
+    buffer.close()
+
+    without = buffer_of(path, replace(ALL, names=frozenset("bco"), limited=frozenset("bc")))
+    added = without.add([*of("b", 1, label=1), *of("b", 3, label=1)])
+
+    assert added.contested == set()
+    assert used(without) == {1: (1, "b"), 3: (1, "b")}
+    without.close()
+
+
+def test_a_flood_pushes_out_its_own_labels_first(tmp_path: Path) -> None:
+    """Beyond the capacity those go that are the oldest of whoever has most."""
+    buffer = LabelBuffer(tmp_path / "l.sqlite", 200, 0.6, (4, 4, 3), lambda: THREE)
+    buffer.add(of("b", *range(90)))
+    for begin in range(1000, 2000, 100):
+        buffer.add(of("a", *range(begin, begin + 100)))
+
+    assert len(buffer) == 200
+    given = buffer.outcomes_by_client(0, version=0)
+    assert (given["a"][0], given["b"][0]) == (110, 90)
+    assert buffer.outcomes_by_client(1890, version=0)["a"][0] == 110
     buffer.close()
 
 
@@ -205,8 +284,8 @@ def test_a_candidate_must_hold_without_any_one_client() -> None:
     assert carried_by(honest, (serving,), clients, both) is None
 
 
-def test_one_client_cannot_keep_a_bad_version() -> None:
-    """Two clients' labels roll back what a third praises; a third alone rolls back nothing."""
+def test_one_client_can_neither_keep_nor_condemn_a_version() -> None:
+    """Two clients' labels roll back what a third praises; a third's alone, however many, roll back nothing."""
     tests = PairedTests(0.05, frozenset("abc"))
     for i in range(60):
         tests.update("c", new_correct=True, previous_correct=False)
@@ -217,8 +296,9 @@ def test_one_client_cannot_keep_a_bad_version() -> None:
     good = PairedTests(0.05, frozenset("abc"))
     for i in range(60):
         good.update("ab"[i % 2], new_correct=True, previous_correct=i % 3 != 0)
-        if i % 6 == 0:
+        for _ in range(3):
             good.update("c", new_correct=False, previous_correct=True)
+    assert good.all.disagrees
     assert not good.disagrees
 
 

@@ -63,7 +63,7 @@ class Control:
     ready: Callable[[], bool]
     log: Logger
     clients: Clients | None = None  # None: nobody is asked for a key
-    asked: dict[int, None] = field(default_factory=dict)  # predictions named by `ask`, oldest first
+    asked: dict[int, str] = field(default_factory=dict)  # predictions named by `ask`, oldest first, and to whom
     disagreeing: dict[str, Disagreement] = field(
         default_factory=dict
     )  # clients whose labels contradict the others'
@@ -138,7 +138,7 @@ class Control:
             case protocol.Accept():
                 return {"regime": self.hand.accept()}
             case protocol.Ask():
-                return {"predictions": self._ask(request.n)}
+                return {"predictions": self._ask(request.n, client)}
             case protocol.Metadata():
                 return {
                     "name": self.manifest.name,
@@ -176,7 +176,8 @@ class Control:
                 continue
             predicted = int(entry.logits.argmax())
             label = value if request.labels else predicted if value else None
-            asked = prediction_id in self.asked
+            # Whose questions are another's do not change what his labels say.
+            asked = self.asked.get(prediction_id) in (client, *self.labels.labellers().admins)
             sure = float(confidence(entry.logits[None])[0])
             rows.append(
                 Labelled(
@@ -219,17 +220,16 @@ class Control:
         """Store labels, on disk before anybody is told; the predictions that clients label differently."""
         if not rows:
             return set()
-        settles = self.clients is not None and "admin" in self.clients.roles().get(client, [])
-        added = self.labels.add(rows, settles)
+        added = self.labels.add(rows)
         if added.contested:
             self.log.warning("labels_contested", client=client, n=len(added.contested))
         self.treatment.labelled(added.fresh)
-        if client:
-            self._compare_clients()
         return added.contested
 
-    def _compare_clients(self) -> None:
-        """Name the clients whose labels contradict the others', once each."""
+    def compare_clients(self) -> None:
+        """Name the clients whose labels contradict the others', once each; called now and then."""
+        if self.clients is None:
+            return
         case = self.treatment.case
         found = disagreeing(self.labels.recent_by_client(case.since, case.serving, RECENT))
         for each in found:
@@ -244,7 +244,7 @@ class Control:
             self.metrics.labels.labels(outcome).inc()
         return outcomes
 
-    def _ask(self, n: int) -> list[Reply]:
+    def _ask(self, n: int, client: str) -> list[Reply]:
         """Recent unlabelled predictions most worth a label: spread over the predicted classes."""
         if n < 1:
             raise InputError(f"n = {n}: ask for at least one")
@@ -263,7 +263,7 @@ class Control:
             }
             for q in ranked[:n]
         ]
-        self.asked.update((reply["prediction_id"], None) for reply in chosen)
+        self.asked.update((reply["prediction_id"], client) for reply in chosen)
         while len(self.asked) > MAX_ASKED:
             del self.asked[next(iter(self.asked))]
         return chosen
@@ -359,6 +359,7 @@ class Control:
             "samples": treatment.sequence,
             "labels_buffered": len(self.labels),
             "clients_disagree": [asdict(each) for each in self.disagreeing.values()],
+            "labels_contested": self.labels.contests(),
             "adapter": treatment.adapter.progress,
             "processes": {
                 p.name: {"pid": p.pid, "ready": p.ready, "restarts": p.restarts} for p in self.processes

@@ -299,8 +299,15 @@ class Daemon:
                 self._beat(now)
             if now - saved >= SAVE_S:
                 saved = now
+                self._compare_clients()
                 self.treatment.save()
                 self.treatment.save_watch()
+
+    def _compare_clients(self) -> None:
+        try:
+            self.control.compare_clients()
+        except sqlite3.Error as error:
+            self.log.warning("clients_not_compared", error=str(error))
 
     def _beat(self, now: float) -> None:
         """What is due by time. A disk that fails is told, and does not end the daemon."""

@@ -132,7 +132,7 @@ def without_each(
         named = [classes[i] for i in rest] if classes else ()
         others = judge(own, now, home, None, OTHERS_ALPHA, named, max_class_drop)
         if others.outcome != "accepted":
-            needed = round(others.labels_needed * len(clients) / max(1, len(rest)))
+            needed = round(others.labels_needed * (len(clients) / len(rest) if rest else 1))
             reason = f"by the labels of all but client {client!r}: {others.reason}"
             verdict = replace(verdict, outcome=others.outcome, reason=reason, labels_needed=needed)
     return verdict

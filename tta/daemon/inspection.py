@@ -53,7 +53,7 @@ def inspect(root: Path, repair: bool = False) -> list[Finding]:
         repair: set damaged files aside, so that a daemon goes on without them; of labels keep what can be read.
 
     Raises:
-        ConfigError: it is to be repaired and a daemon uses it.
+        ConfigError: it is to be repaired and a daemon uses it; or the labels cannot be read now.
         OSError: a file cannot be renamed.
     """
     if not repair:

@@ -6,6 +6,7 @@ operation uses, one client gave at most a share; at the gate a candidate must ho
 keys have proved (`tta.auth`): where nobody is asked for a key, all labels are taken for one client's.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,13 +24,16 @@ class Labellers:
 
     Attributes:
         share: of the labels used that one client may have given, in (0, 1].
-        names: all clients on the list; None: nobody is asked for a key.
-        limited: those that may label and are not admins.
+        names: clients whose labels are used: those that may label now; None: nobody is asked for a key.
+        limited: those among them that do not decide alone: who are no admins, if they are several and the share is
+            under 1. One alone cannot be held against others.
+        admins: those that are; their labels stand against any other's.
     """
 
     share: float = 1.0
     names: frozenset[str] | None = None
     limited: frozenset[str] = frozenset()
+    admins: frozenset[str] = frozenset()
 
     @staticmethod
     def listed(clients: Clients | None, share: float) -> "Labellers":
@@ -37,21 +41,27 @@ class Labellers:
         if clients is None:
             return Labellers()
         roles = clients.roles()
-        limited = frozenset(name for name, has in roles.items() if "label" in has and "admin" not in has)
-        return Labellers(share, frozenset(roles), limited)
+        admins = frozenset(name for name, has in roles.items() if "admin" in has)
+        limited = frozenset(name for name, has in roles.items() if "label" in has) - admins
+        alone = len(limited) == 1 or share == 1
+        return Labellers(share, admins | limited, frozenset() if alone else limited, admins)
+
+    def are_used(self, client: str) -> bool:
+        """Whether labels of a client are used; "" is for those of nobody in particular, or of two that agree."""
+        return client == "" or self.names is None or client in self.names
 
     def believed(self, counts: Mapping[str, int], limit: int = -1) -> dict[str, int]:
         """How many labels of each client are used.
 
-        Clients no longer on the list are not believed; labels from before keys were asked for, "", are. A client
-        that alone may label has no others to be held against; of n that may, each may give an n-th.
+        Clients that may not label any more are not believed; labels from before keys were asked for, "", are. Of n
+        that may, each may give an n-th.
 
         Args:
             counts: how many labels each client gave.
             limit: at most so many in all, from everybody in proportion; -1 for all.
         """
-        used = {c: n for c, n in counts.items() if c == "" or self.names is None or c in self.names}
-        if len(self.limited) > 1:
+        used = {c: n for c, n in counts.items() if self.are_used(c)}
+        if self.limited:
             share = max(self.share, 1 / len(self.limited))
             most = max((n for c, n in used.items() if c in self.limited), default=0)
             while True:  # fewer of one are fewer in all, of which a share is fewer again
@@ -70,29 +80,33 @@ class Labellers:
 class PairedTests:
     """Is the previous version better than the new one, by all labels or by those of all but one client?
 
-    One client's labels cannot hide what the others' show.
+    One client's labels cannot hide what the others' show. Nor do they decide alone: besides a test that disagrees
+    it takes two clients whose own labels are for the previous version, or one that is not limited.
 
     Args:
         alpha: chance that any of the tests disagrees while the new version is no worse.
-        limited: clients that are left out in turn.
+        limited: clients that are left out in turn; where there are none all labels are one client's.
     """
 
     def __init__(self, alpha: float, limited: frozenset[str]) -> None:
-        without = limited if len(limited) > 1 else frozenset[str]()
-        alpha /= 1 + len(without)
-        self.all = PairedTest(alpha)
-        self._without = {client: PairedTest(alpha) for client in without}
+        self._limited = limited
+        self.all = PairedTest(alpha / (1 + len(limited)))
+        self._without = {client: PairedTest(self.all.alpha) for client in limited}
+        self._lead: Counter[str] = Counter()  # by client: labels for the previous version less those for the new
 
     def update(self, client: str, new_correct: bool, previous_correct: bool) -> None:
         """Take one label of a client."""
         for left_out, test in ((None, self.all), *self._without.items()):
             if left_out != client:
                 test.update(new_correct, previous_correct)
+        self._lead[client] += previous_correct - new_correct
 
     @property
     def disagrees(self) -> bool:
         """Whether labels have shown the previous version to be better."""
-        return any(test.disagrees for test in (self.all, *self._without.values()))
+        accusers = {client for client, lead in self._lead.items() if lead > 0}
+        enough = len(accusers) > 1 or not accusers <= self._limited
+        return enough and any(test.disagrees for test in (self.all, *self._without.values()))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ a label never changes sides. Which regime a label belongs to follows from its pl
 ones find theirs.
 """
 
+import contextlib
 import hashlib
 import math
 import sqlite3
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tta.daemon.files import set_aside
+from tta.daemon.files import set_aside, sync_folder
 from tta.daemon.labellers import Labellers
 from tta.errors import ConfigError, UnavailableError
 
@@ -34,8 +35,8 @@ CREATE TABLE IF NOT EXISTS labels (
     asked INTEGER NOT NULL,     -- 1: we asked for it, so it is no random sample
     x BLOB,
     feedback INTEGER NOT NULL DEFAULT 0, -- 1: the answer was called right or wrong; nobody named a class
-    client TEXT NOT NULL DEFAULT '', -- who gave it, by the list of clients; '' where nobody is asked for a key
-    contested INTEGER NOT NULL DEFAULT 0 -- 1: another client gave another label; it is not used
+    client TEXT NOT NULL DEFAULT '', -- who gave it; '' where nobody is asked for a key, or if two clients agree
+    contested TEXT NOT NULL DEFAULT '' -- another client, who gave another label: it is not used
 );
 CREATE TABLE IF NOT EXISTS spans ( -- of the stream, and the regime its traffic was of
     since INTEGER PRIMARY KEY,
@@ -46,7 +47,7 @@ CREATE TABLE IF NOT EXISTS spans ( -- of the stream, and the regime its traffic 
 ADDED = {  # columns that older files lack
     "feedback": "INTEGER NOT NULL DEFAULT 0",
     "client": "TEXT NOT NULL DEFAULT ''",
-    "contested": "INTEGER NOT NULL DEFAULT 0",
+    "contested": "TEXT NOT NULL DEFAULT ''",
 }
 CHECKED_BYTES = 256 << 20  # of a file read through at each start; of a larger one damage shows when it is used
 COLUMNS = (
@@ -54,13 +55,15 @@ COLUMNS = (
     *("client", "contested"),
 )
 IMAGE = COLUMNS.index("x")
+ABSENT = {"feedback": "label IS NULL", "client": "''", "contested": "''"}  # what older files mean without them
+LEAST = {"label": 0, "predicted": -1}
 INSERT = f"INSERT OR REPLACE INTO labels ({', '.join(COLUMNS)}) VALUES ({','.join('?' * len(COLUMNS))})"
 RETRY_S = 5.0  # until labels that could not be stored may be sent again
 MAX_SPANS = 4096  # remembered; older labels belong to no regime any more
 # "Right" is said of what the serving version got right: a sample that no other version can look better on.
-NAMED = "label IS NOT NULL AND NOT feedback AND NOT contested AND x IS NOT NULL"
-CALLED = "feedback AND NOT contested AND predicted >= 0 AND x IS NOT NULL"
-OUTCOME = "predicted >= 0 AND NOT asked AND NOT contested"
+NAMED = "label IS NOT NULL AND NOT feedback AND contested = '' AND x IS NOT NULL"
+CALLED = "feedback AND contested = '' AND predicted >= 0 AND x IS NOT NULL"
+OUTCOME = "predicted >= 0 AND NOT asked AND contested = ''"
 WRONG = "(label IS NULL OR label <> predicted)"
 SIDE = f"WHERE sequence >= ? AND fit = ? AND {NAMED}"
 # What is counted at every tick is counted in an index: a row's image lies before some of its columns.
@@ -69,6 +72,7 @@ DROP INDEX IF EXISTS usable;
 CREATE INDEX IF NOT EXISTS by_sequence ON labels (sequence);
 CREATE INDEX IF NOT EXISTS named ON labels (fit, client, sequence) WHERE {NAMED};
 CREATE INDEX IF NOT EXISTS called ON labels (client, sequence) WHERE {CALLED};
+CREATE INDEX IF NOT EXISTS contest ON labels (client, contested) WHERE contested <> '';
 CREATE INDEX IF NOT EXISTS outcome ON labels (version, client, sequence, {WRONG}) WHERE {OUTCOME};
 """
 
@@ -159,23 +163,25 @@ def _columns(db: sqlite3.Connection) -> list[str]:
     return [row[1] for row in db.execute("PRAGMA table_info(labels)")]
 
 
-def _readable(path: Path) -> list[tuple[Any, ...]]:
-    """The labels of a damaged file that can be read and may be true: from both ends up to what cannot."""
+def _readable(path: Path) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Labels and spans of a damaged file that can be read and may be true: from both ends up to what cannot."""
     rows: dict[int, tuple[Any, ...]] = {}
+    spans: dict[int, tuple[Any, ...]] = {}
     for order in ("ASC", "DESC"):
         db = sqlite3.connect(path)
-        try:
+        with contextlib.suppress(sqlite3.DatabaseError, UnicodeError, KeyError):
             has = _columns(db)
-            wanted = ", ".join(c if c in has else "''" if c == "client" else "0" for c in COLUMNS)
+            wanted = ", ".join(c if c in has else ABSENT[c] for c in COLUMNS)
             for row in db.execute(f"SELECT {wanted} FROM labels NOT INDEXED ORDER BY prediction_id {order}"):
                 rows[row[0]] = row
-        except (sqlite3.DatabaseError, UnicodeError):
-            continue
-        finally:
-            db.close()
+        with contextlib.suppress(sqlite3.DatabaseError, UnicodeError):
+            for span in db.execute(f"SELECT since, until, regime FROM spans ORDER BY since {order}"):
+                spans[span[0]] = span
+        db.close()
     lengths = Counter(len(row[IMAGE]) for row in rows.values() if isinstance(row[IMAGE], bytes))
     usual = next((n for n, _ in lengths.most_common(1)), 0)
-    return [row for row in rows.values() if _is_label(row, usual)]
+    true_spans = [span for span in spans.values() if all(isinstance(value, int) for value in span)]
+    return [row for row in rows.values() if _is_label(row, usual)], true_spans
 
 
 def _is_label(row: tuple[Any, ...], n_bytes: int) -> bool:
@@ -183,13 +189,24 @@ def _is_label(row: tuple[Any, ...], n_bytes: int) -> bool:
     for name, value in zip(COLUMNS, row, strict=True):
         if name == "x":
             right = value is None or (isinstance(value, bytes) and len(value) == n_bytes)
-        elif name == "client":
+        elif name in ("client", "contested"):
             right = isinstance(value, str)
+        elif name == "label" and value is None:
+            right = True
         else:
-            right = isinstance(value, int) or (name == "label" and value is None)
+            right = isinstance(value, int) and value >= LEAST.get(name, value)
         if not right:
             return False
     return True
+
+
+def is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether an error is of the file's content: a full disk, a lock or another user's file is none.
+
+    A table without our columns is, for which SQLite has the code of a wrong query.
+    """
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    return not isinstance(error, sqlite3.OperationalError) or code == sqlite3.SQLITE_ERROR
 
 
 def check_labels(path: Path) -> None:
@@ -197,32 +214,57 @@ def check_labels(path: Path) -> None:
 
     Raises:
         sqlite3.DatabaseError: it is damaged.
+        ConfigError: it cannot be read now.
     """
-    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=1.0)
     try:
         problem = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
+        lacking = {*COLUMNS} - {*_columns(db), *ADDED}
+        if lacking:
+            raise sqlite3.DatabaseError(f"no column {', '.join(sorted(lacking))}")
     except UnicodeError as error:
         raise sqlite3.DatabaseError(str(error)) from error
+    except sqlite3.DatabaseError as error:
+        if is_damage(error):
+            raise
+        raise ConfigError(f"label buffer {path} cannot be read: {error}") from error
     finally:
         db.close()
 
 
 def salvage(path: Path) -> tuple[Path, int]:
-    """Set a damaged file aside and begin another with what can be read of it; its new name, number of labels."""
-    aside = set_aside(path)
-    for suffix in ("-wal", "-shm"):  # SQLite looks for them beside the file
-        beside = path.with_name(path.name + suffix)
-        if beside.exists():
-            beside.rename(aside.with_name(aside.name + suffix))
-    fresh = _open(path)
-    found = _readable(aside)
-    fresh.execute("BEGIN")  # one wait for the disk, not one for each
-    fresh.executemany(INSERT, found)
-    fresh.execute("COMMIT")
-    fresh.close()
-    return aside, len(found)
+    """Set a damaged file aside and put another with what can be read of it in its place.
+
+    Returns:
+        The damaged file's new name, and how many labels the other has.
+
+    Raises:
+        ConfigError: no other can be written; the damaged file is where it was.
+    """
+    labels, spans = _readable(path)
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.unlink(missing_ok=True)
+        db = _open(fresh)
+        try:
+            db.execute("BEGIN")  # one wait for the disk, not one for each
+            db.executemany(INSERT, labels)
+            db.executemany("INSERT OR REPLACE INTO spans VALUES (?,?,?)", spans)
+            db.execute("COMMIT")
+        finally:
+            db.close()
+        aside = set_aside(path)
+        for suffix in ("-wal", "-shm"):  # SQLite looks for them beside the file
+            beside = path.with_name(path.name + suffix)
+            if beside.exists():
+                beside.rename(aside.with_name(aside.name + suffix))
+        fresh.rename(path)
+        sync_folder(path.parent)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"label buffer {path} is damaged, and no other can be written: {error}") from error
+    return aside, len(labels)
 
 
 class LabelBuffer:
@@ -252,40 +294,32 @@ class LabelBuffer:
         try:
             self._db = _open(path)
         except sqlite3.DatabaseError as error:
-            # A full disk, or another user's file, is no damage; a table without our columns is.
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-            if isinstance(error, sqlite3.OperationalError) and code != sqlite3.SQLITE_ERROR:
+            if not is_damage(error):
                 raise ConfigError(f"label buffer {path} cannot be opened: {error}") from error
             aside, n = salvage(path)
             self.damaged[str(aside)] = f"{path} is damaged: {error}; {n} labels could be read"
             self._db = _open(path)
 
-    def add(self, labelled: Sequence[Labelled], settles: bool = False) -> Added:
+    def add(self, labelled: Sequence[Labelled]) -> Added:
         """Store labels; when this returns they are on disk.
 
-        A client's second label for a prediction replaces its first. Where another client has given another label,
-        the prediction is contested, and neither is used.
+        A client's second label for a prediction replaces its first. Where two clients agree, the label is no
+        longer one client's; where they do not, it is contested, and neither is used. An admin's label stands
+        against any other's, and anybody's against that of a client that may not label any more.
 
         Args:
             labelled: of one client.
-            settles: its labels replace others', and end a contest.
 
         Raises:
             UnavailableError: they cannot be written, the disk is full, say; none of them is kept.
         """
         labelled = list({r.prediction_id: r for r in labelled}.values())
-        added = Added([], set())
+        added, who = Added([], set()), self.labellers()
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for row in labelled:
-                self._add(row, settles, added)
-            excess = len(self) - self.capacity
-            if excess > 0:
-                self._db.execute(
-                    "DELETE FROM labels WHERE prediction_id IN "
-                    "(SELECT prediction_id FROM labels ORDER BY sequence LIMIT ?)",
-                    (excess,),
-                )
+                self._add(row, who, added)
+            self._evict()
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:  # SQLite may have rolled back already
@@ -293,22 +327,34 @@ class LabelBuffer:
             raise UnavailableError(f"labels cannot be stored, none was kept: {error}", RETRY_S) from error
         return added
 
-    def _add(self, row: Labelled, settles: bool, added: Added) -> None:
+    def _add(self, row: Labelled, who: Labellers, added: Added) -> None:
         query = "SELECT client, label, feedback, contested FROM labels WHERE prediction_id = ?"
         known = self._db.execute(query, (row.prediction_id,)).fetchone()
-        contested = 0
         if known is None:
             added.fresh.append(row)
-        elif not settles:
-            client, label, feedback, contested = known
-            contested = int(contested or (client != row.client and not row.agrees(label)))
-            if contested:
-                added.contested.add(row.prediction_id)
-            if client != row.client and (contested or row.feedback or not feedback):
-                self._db.execute(
-                    "UPDATE labels SET contested = ? WHERE prediction_id = ?", (contested, row.prediction_id)
-                )
-                return  # the first stands; a named class says more than that the answer was right or wrong
+        if known is None or row.client in who.admins or not who.are_used(known[0]):
+            self._put(row)
+            return
+        client, label, feedback, contested = known
+        contested = contested if who.are_used(contested) else ""
+        if client != row.client and not row.agrees(label):
+            contested = contested or row.client
+        if contested:
+            added.contested.add(row.prediction_id)
+        if client in who.admins:
+            return
+        if client == row.client:
+            self._put(row, contested)
+        elif contested:
+            self._db.execute(
+                "UPDATE labels SET contested = ? WHERE prediction_id = ?", (contested, row.prediction_id)
+            )
+        else:  # two say so; of them who names the class says more
+            if feedback and not row.feedback:
+                self._put(row)
+            self._db.execute("UPDATE labels SET client = '' WHERE prediction_id = ?", (row.prediction_id,))
+
+    def _put(self, row: Labelled, contested: str = "") -> None:
         self._db.execute(
             INSERT,
             (
@@ -325,6 +371,21 @@ class LabelBuffer:
                 contested,
             ),
         )
+
+    def _evict(self) -> None:
+        """Keep to the capacity: the oldest go, of those clients that have most."""
+        if len(self) <= self.capacity:
+            return
+        counts = dict(self._db.execute("SELECT client, count(*) FROM labels GROUP BY client").fetchall())
+        room, rest = self.capacity, len(counts)
+        for client, n in sorted(counts.items(), key=lambda pair: pair[1]):
+            kept = min(n, room // rest)
+            room, rest = room - kept, rest - 1
+            self._db.execute(
+                "DELETE FROM labels WHERE prediction_id IN "
+                "(SELECT prediction_id FROM labels WHERE client = ? ORDER BY sequence LIMIT ?)",
+                (client, n - kept),
+            )
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM labels").fetchone()[0])
@@ -391,10 +452,11 @@ class LabelBuffer:
             for row in self._db.execute("SELECT prediction_id FROM labels WHERE sequence >= ?", (since,))
         }
 
-    def outcomes(self, since: int, version: int) -> tuple[int, int]:
+    def outcomes(self, since: int, version: int, without: str | None = None) -> tuple[int, int]:
         """How many predictions of `version` since then were labelled unasked, and how many of them wrong."""
         given = self.outcomes_by_client(since, version)
         used = self.labellers().believed({client: n for client, (n, _) in given.items()})
+        used = {client: n for client, n in used.items() if client != without}
         wrong = 0
         for client, n in used.items():
             if n == given[client][0]:
@@ -416,12 +478,23 @@ class LabelBuffer:
         return {client: (n, wrong) for client, n, wrong in self._db.execute(query, (since, version))}
 
     def recent_by_client(self, since: int, version: int, newest: int) -> dict[str, tuple[int, int]]:
-        """The same of the newest labels."""
+        """The same of the newest labels of each client whose labels are used."""
         query = (
-            f"SELECT client, count(*), sum(wrong) FROM (SELECT client, {WRONG} AS wrong FROM labels "
-            f"WHERE sequence >= ? AND version = ? AND {OUTCOME} ORDER BY sequence DESC LIMIT ?) GROUP BY client"
+            f"SELECT client, count(*), sum(wrong) FROM (SELECT client, {WRONG} AS wrong, "
+            f"row_number() OVER (PARTITION BY client ORDER BY sequence DESC) AS nth FROM labels "
+            f"WHERE sequence >= ? AND version = ? AND {OUTCOME}) WHERE nth <= ? GROUP BY client"
         )
-        return {client: (n, wrong) for client, n, wrong in self._db.execute(query, (since, version, newest))}
+        found = self._db.execute(query, (since, version, newest)).fetchall()
+        who = self.labellers()
+        return {client: (n, wrong) for client, n, wrong in found if who.are_used(client)}
+
+    def contests(self) -> dict[str, int]:
+        """In how many contests each client is, those with most first."""
+        query = "SELECT client, contested, count(*) FROM labels WHERE contested <> '' GROUP BY client, contested"
+        totals: Counter[str] = Counter()
+        for client, other, n in self._db.execute(query):
+            totals.update({client: n, other: n})
+        return dict(totals.most_common())
 
     def _given(self, where: str, parameters: tuple[int, ...]) -> dict[str, int]:
         """How many labels each client gave, of those that a clause selects."""

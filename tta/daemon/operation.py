@@ -269,6 +269,7 @@ class Operation:
         fit_rows = self.labels.select(onset, fit=True, limit=self.config.adapt.max_labels)
         x_fit, y_fit = arrays_of(fit_rows)
         clients = [r.client for r in rows], [r.client for r in fit_rows]
+        limited = self.labels.labellers().limited  # at the verdict somebody may have been taken off the list
         job, began = self._job, time.monotonic()
         answers: list[Outputs | None] = []
 
@@ -286,7 +287,7 @@ class Operation:
                 concluded(Conclusion(0, 0.0, {"error": "the shadow could not run the candidate"}))
             else:
                 on_fit = [(logits.argmax(axis=1) == y_fit).tolist() for logits, _ in good[-1]] if free else []
-                concluded(self._judge(good[0], y, on_fit, y_fit, clients, version, free, blocks, alpha))
+                concluded(self._judge(good[0], y, on_fit, y_fit, clients, limited, version, free, blocks, alpha))
 
         def folders(versions: list[int]) -> list[VersionFolder]:
             return [(v, self.store.folder(v)) for v in versions]
@@ -303,6 +304,7 @@ class Operation:
         on_fit: list[list[bool]],
         y_fit: Array,
         clients: tuple[list[str], list[str]],
+        limited: frozenset[str],
         version: int,
         free: int | None,
         blocks: tuple[str, str],
@@ -317,6 +319,7 @@ class Operation:
                 learned from those, so they judge as well.
             y_fit: (M,) the fit labels.
             clients: who gave the gate's labels and the fit labels.
+            limited: those that do not decide alone.
             version: candidate.
             free: label-free candidate, if there is one.
             blocks: tuned in candidate and label-free candidate, "" for none.
@@ -329,7 +332,7 @@ class Operation:
         on_anchor = [float((c[len(y) :] == self.anchor["y"]).mean()) for c in classes]
         guard = {"classes": y.tolist(), "max_class_drop": self.config.gate.max_class_drop}
         alpha /= 1 if free is None else 2  # two candidates share it
-        limited, (gave, gave_fit) = self.labels.labellers().limited, clients
+        gave, gave_fit = clients
         verdict, kept = gate.judge(candidate, serving, source, label_free, alpha, **guard), on_anchor[0]
         verdict = gate.without_each(verdict, candidate, serving, source, gave, limited, **guard)
         if label_free is not None and free is not None:

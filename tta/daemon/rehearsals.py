@@ -162,7 +162,9 @@ class Rehearsals:
         g = self.config.gate
         verdict = gate.judge(candidate, serving, source, None, g.alpha / 2, classes, g.max_class_drop)
         limited = self.labels.labellers().limited
-        verdict = gate.without_each(verdict, candidate, serving, source, clients, limited)
+        verdict = gate.without_each(
+            verdict, candidate, serving, source, clients, limited, classes, g.max_class_drop
+        )
         alone = gate.carried_by(candidate, (serving, source), clients, limited)
         unproven = not gate.behind(candidate, serving) and sum(candidate) >= sum(source) and len(candidate) > 0
         unproven &= alone is None
@@ -181,7 +183,7 @@ class Rehearsals:
         replaced: dict[str, int] = {}
         for number, version in versions.items():
             own = heard.get(number)
-            if own is None or number not in self.library.regimes or not serves or not _gains(own):
+            if own is None or number not in self.library.regimes or not serves or not self._gains(own):
                 self.store.discard(version)
                 continue
             self.store.amend(
@@ -192,7 +194,9 @@ class Rehearsals:
             replaced[str(number)] = version
         self._record("rehearsed", regimes_served=replaced, regimes_judged=sorted(heard), **verdict.fields())
 
-
-def _gains(own: _Hearing) -> bool:
-    """Whether a regime's own labels do not speak against its candidate."""
-    return not gate.behind(own.candidate, own.serving) and sum(own.candidate) >= sum(own.source)
+    def _gains(self, own: _Hearing) -> bool:
+        """Whether a regime's own labels, also those of all but one client, do not speak against its candidate."""
+        others, limited = (own.serving, own.source), self.labels.labellers().limited
+        if gate.carried_by(own.candidate, others, own.clients, limited) is not None:
+            return False
+        return not gate.behind(own.candidate, own.serving) and sum(own.candidate) >= sum(own.source)

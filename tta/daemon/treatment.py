@@ -141,6 +141,7 @@ class Treatment:
             self.case.regime = HOME
         if state is State.PROBATION:
             self._probation_from = time.monotonic()
+        self._paired = self._fresh_tests()
         self._unfinished = self.case.swap_to is not None
         self.watch.enter(self.regime, self.sequence)
         if state in (State.DRIFTED, State.ADAPTING):
@@ -531,6 +532,9 @@ class Treatment:
 
         self.shadow.ask(versions, x, then)
 
+    def _fresh_tests(self) -> PairedTests:
+        return PairedTests(self.config.gate.rollback_alpha, self.labels.labellers().limited)
+
     def _compare_rates(self) -> None:
         """How often were serving version and the one before called wrong, each on its own samples of the shift?
 
@@ -544,6 +548,14 @@ class Treatment:
         evidence = {"answers": new[0], "wrong": new[1], "previous_answers": old[0], "previous_wrong": old[1]}
         p_worse = more_errors_p_value(new[1], new[0], old[1], old[0])
         p_better = more_errors_p_value(old[1], old[0], new[1], new[0])
+        for client in self.labels.labellers().limited:  # nobody confirms, or condemns, alone
+            rest, rest_old = (
+                self.labels.outcomes(self.case.onset, v, client) for v in (self.case.serving, self._rival())
+            )
+            if more_errors_p_value(rest_old[1], rest_old[0], rest[1], rest[0]) > gate.OTHERS_ALPHA:
+                p_better = 1.0
+            if more_errors_p_value(rest[1], rest[0], rest_old[1], rest_old[0]) > gate.OTHERS_ALPHA:
+                p_worse = 1.0
         if p_worse <= spent * self.config.gate.rollback_alpha:
             self.happen(Event.DISAGREED, p_val=round(p_worse, 6), **evidence)
         elif self._relieved() and p_better <= spent * self.config.gate.alpha and self.watch.knows_shift():
@@ -648,6 +660,7 @@ class Treatment:
         alpha = self.next_alpha() / len(candidates)
         x, y = arrays_of(rows)
         versions = [self._folder(self.case.serving), *(self._folder(r.version) for r in candidates)]
+        limited = self.labels.labellers().limited
         self._recalling = True
 
         def then(outputs: Outputs | None) -> None:
@@ -659,7 +672,6 @@ class Treatment:
             best = max(range(len(rights)), key=lambda i: sum(rights[i]))
             regime, right = candidates[best], rights[best]
             verdict = gate.judge(right, serving, right, None, alpha)
-            limited = self.labels.labellers().limited
             gave = [r.client for r in rows]
             verdict = gate.without_each(verdict, right, serving, right, gave, limited)
             if verdict.outcome == "accepted" and verdict.accuracy_candidate >= regime.accuracy - RECALL_MARGIN:
@@ -840,7 +852,7 @@ class Treatment:
         case.serving, case.regime, case.since = version, regime, self.sequence
         if reason != RELIEF:
             case.proven = None
-        self._paired = PairedTests(self.config.gate.rollback_alpha, self.labels.labellers().limited)
+        self._paired = self._fresh_tests()
         self._rates_at, self._rate_looks = FIRST_RATES, 0
         self._probation_from = time.monotonic()
         for right in self._right.values():

@@ -165,7 +165,7 @@ class Server:
         shape = (self.options.max_batch_size, *self.bundle.manifest.image_shape)
         self.buffer = np.zeros(shape, np.uint8)  # that batches of several requests are gathered in
         sample = random.Random(self.options.seed)
-        shipped = time.monotonic()
+        shipped = sang = time.monotonic()
         while True:
             draining = self.frontend.draining  # from then on an empty queue stays empty
             batch, dropped = self.batcher.take(timeout_s=0.1)
@@ -183,7 +183,8 @@ class Server:
                     self.frontend.finish(Failed(batch, error))
             elif not dropped and draining:
                 break
-            elif time.monotonic() - self.inferred >= CANARY_S:
+            elif time.monotonic() - max(self.inferred, sang) >= CANARY_S:
+                sang = time.monotonic()
                 self._sing()
             if time.monotonic() - shipped >= SHIP_S:
                 shipped = time.monotonic()
