@@ -4,12 +4,13 @@
 
 A daemon with two servers serves the digits; a client keeps a ledger: every request, its answer's version and logits,
 every label that was acknowledged. It reaches the second server through a proxy. Images are clean, noisy or blurred by
-turns, so that versions are made and recalled all the while. Then, at random: kill -9 and SIGSTOP of each process, computations that do not end, a
-disk that takes nothing (RLIMIT_FSIZE), files of the state folder cut, zeroed and changed while the daemon is down, a
-wall clock that jumps, connections that are dropped and delayed, frames that nobody should send, floods of labels and of
-requests. After each it waits until everything is as before. At the end the ledger is compared with the disk, and every
-answer with what its version computes. Files of labels and versions are left whole here: that damaged ones are set aside
-and lose what cannot be read is tested elsewhere. Writes `results/faults.{json,md}`.
+turns, so that versions are made and recalled all the while. Then, at random: kill -9 and SIGSTOP of each process,
+computations that do not end, a disk that takes nothing (RLIMIT_FSIZE), files of the state folder cut, zeroed and
+changed while the daemon is down, a wall clock that jumps, connections that are dropped and delayed, frames that nobody
+should send, floods of labels and of requests. After each it waits until everything is as before. At the end the ledger
+is compared with the disk, and every answer with what its version computes. Files of labels and versions are left whole
+here: that damaged ones are set aside and lose what cannot be read is tested elsewhere. Writes
+`results/faults.{json,md}`.
 """
 
 import argparse
