@@ -14,6 +14,7 @@ here: that damaged ones are set aside and lose what cannot be read is tested els
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -244,12 +245,17 @@ class Bench:
 
     def _hang(self) -> None:
         """Neither server computes, until one of them has been killed for it."""
-        before = self.daemon.log_path.read_text().count('"process_hung"')
+
+        def hung() -> list[str]:
+            return [line for line in self.daemon.log_path.read_text().splitlines() if '"process_hung"' in line]
+
+        before, pids = len(hung()), {name: self._pid(name) for name in ("server", "server1")}
         (self.site / "hang").touch()
         end = time.monotonic() + RECOVERY_S
-        while time.monotonic() < end and self.daemon.log_path.read_text().count('"process_hung"') == before:
+        while time.monotonic() < end and len(hung()) == before:
             time.sleep(0.2)
         (self.site / "hang").unlink()
+        self._killed |= {json.loads(line)["name"]: pids[json.loads(line)["name"]] or 0 for line in hung()[before:]}
 
     def _restart(self, meanwhile: Callable[[], None]) -> None:
         process = self.daemon.process
@@ -296,8 +302,9 @@ class Bench:
         addresses = [*self.daemon.endpoint.split(","), self.daemon.control]
         for _ in range(20):
             host, _, port = self.random.choice(addresses).removeprefix("tcp://").rpartition(":")
-            with socket.create_connection((host, int(port)), 5) as raw:  # no ZeroMQ at all
-                raw.sendall(self.random.randbytes(self.random.randrange(1, 3000)))
+            data = self.random.randbytes(self.random.randrange(1, 3000))  # no ZeroMQ at all
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 5) as raw:
+                raw.sendall(data)
         corpus = [data for name in TARGETS for data in kept(name)] or [b"\0" * 10]
         context = zmq.Context()
         for address in addresses:
