@@ -66,10 +66,11 @@ CALLED = "feedback AND contested = '' AND predicted >= 0 AND x IS NOT NULL"
 OUTCOME = "predicted >= 0 AND NOT asked AND contested = ''"
 WRONG = "(label IS NULL OR label <> predicted)"
 SIDE = f"WHERE sequence >= ? AND fit = ? AND {NAMED}"
-# What is counted at every tick is counted in an index: a row's image lies before some of its columns.
+# What is counted at every tick, or label, is counted in an index: a row's image lies before some of its columns.
 INDEXES = f"""
 DROP INDEX IF EXISTS usable;
 CREATE INDEX IF NOT EXISTS by_sequence ON labels (sequence);
+CREATE INDEX IF NOT EXISTS by_client ON labels (client, sequence);
 CREATE INDEX IF NOT EXISTS named ON labels (fit, client, sequence) WHERE {NAMED};
 CREATE INDEX IF NOT EXISTS called ON labels (client, sequence) WHERE {CALLED};
 CREATE INDEX IF NOT EXISTS contest ON labels (client, contested) WHERE contested <> '';
@@ -88,7 +89,7 @@ class Labelled:
         asked: we asked for this label because the prediction was uncertain.
         feedback: somebody called the answer right or wrong, and named no class.
         confidence: of the prediction, see `tta.monitor.reference.confidence`; not kept on disk.
-        client: who gave it; "" where nobody is asked for a key.
+        client: who gave it; "" where nobody is asked for a key, or if two clients agree on it.
     """
 
     prediction_id: int
