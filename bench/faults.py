@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     **{
         "monitor.window": 256,
         "gate.probation_s": 1.0,
-        "daemon.worker_timeout_s": 12.0,
+        "daemon.worker_timeout_s": 8.0,
         "labels.capacity": 100_000,
     },
 }
@@ -96,7 +96,7 @@ class Ledger(threading.Thread):
     def __init__(self, endpoints: str, control: str, regimes: list[Any], y: Any) -> None:
         super().__init__(daemon=True)
         self._addresses = (endpoints, control)
-        self._regimes, self._y = regimes, y
+        self._regimes, self.y = regimes, y
         self.regime = 0
         self.sent = 0
         self.answers: list[tuple[int, int, int, int, Any]] = []  # prediction id, regime, image, version, logits
@@ -128,7 +128,7 @@ class Ledger(threading.Thread):
         began = time.monotonic()
         while pending or not self._done.is_set():
             if not self._done.is_set() and self.sent < RATE * (time.monotonic() - began):
-                image = self.sent % len(self._y)
+                image = self.sent % len(self.y)
                 pending[client.submit(self._regimes[self.regime][image])] = (self.regime, image)
                 self.sent += 1
             for request, answer in client.results(0.005):
@@ -139,7 +139,7 @@ class Ledger(threading.Thread):
                 if isinstance(answer, Prediction):
                     self.answers.append((answer.prediction_id, regime, image, answer.version, answer.logits[0]))
                     if len(self.answers) % LABEL_EVERY == 0:
-                        self._to_label.append((answer.prediction_id, int(self._y[image])))
+                        self._to_label.append((answer.prediction_id, int(self.y[image])))
                 else:
                     name = getattr(getattr(answer, "code", None), "name", type(answer).__name__).lower()
                     self.refused[name] += 1
@@ -321,13 +321,12 @@ class Bench:
 
     def _label_flood(self) -> None:
         with Client(self.daemon.endpoint, self.daemon.control, timeout_s=20.0) as client:
-            known = sorted(self.ledger.acknowledged)[-200:]
             for _ in range(10):
                 client.label([self.random.randrange(10**16) for _ in range(1000)], [1] * 1000)
-            if known:
-                y = {i: self.ledger._y[image] for i, _, image, _, _ in self.ledger.answers[-4000:]}
-                again = [i for i in known if i in y]
-                client.label(again, [int(y[i]) for i in again])
+            recent = {i: int(self.ledger.y[image]) for i, _, image, _, _ in self.ledger.answers[-800:]}
+            again = [i for i in recent if i in self.ledger.acknowledged]
+            if again:
+                client.label(again, [recent[i] for i in again])
 
     def _request_flood(self) -> None:
         x = self.regimes[0]
