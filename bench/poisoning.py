@@ -40,6 +40,7 @@ SETTINGS: dict[str, Any] = {"adapt.labels": 96, "adapt.budget_s": 1e9, "gate.pro
 HONEST, MALLORY = ("anna", "bert"), "mallory"
 LABELLED_EVERY = 6  # images
 N_BEFORE = 300  # clean images before it begins
+COMPARED_EVERY = 100  # images
 FLIPPED = 0.3  # of the labels
 TARGET, ANOTHER = 3, 5  # cats, as dogs
 ATTACKS = ("nobody", "flips", "one class", "flood")
@@ -143,6 +144,8 @@ def _serve(
                 for client, told in labels_for(begin + i, label):
                     daemon.labels_of(client, [FIRST_ID + begin + i], [told])
         daemon.turn()
+        if begin % COMPARED_EVERY == 0:  # what the daemon does every few seconds
+            daemon.control.compare_clients()
     share, plain = (100 * float(np.mean(r[N_BEFORE:])) for r in (right, right_source))
     blocks = np.array_split(np.array([right, right_source], float)[:, N_BEFORE:], 10, axis=1)
     return {
@@ -170,7 +173,7 @@ def table(result: Json) -> list[str]:
             f"| {r['traffic'].replace('_', ' ')} | {r['attack']} | {'yes' if r['keys'] else 'no'} | {r['served']:.1f} | "
             f"{r['source']:.1f} | {r['promoted']} | {r['rolled_back']} | {why} | {', '.join(r['named']) or '–'} |"
         )
-    worst = min((r["served"] - r["source"], r) for r in result["runs"] if r["keys"])[0]
+    worst = min(r["served"] - r["source"] for r in result["runs"] if r["keys"])
     return [
         *lines,
         "",
@@ -222,7 +225,7 @@ def main() -> int:
             print(
                 f"{len(runs)} of {len(cases)}: {case} {runs[-1]['served']} {runs[-1]['source']}", file=sys.stderr
             )
-    result = {**stamp("python -m bench.poisoning"), "runs": runs}
+    result = {**stamp(" ".join(("python -m bench.poisoning", *sys.argv[1:]))), "runs": runs}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "poisoning.json").write_text(json.dumps(result, indent=1) + "\n")
     text = "\n".join(table(result)) + "\n"
