@@ -311,6 +311,7 @@ def test_the_one_who_contradicts_the_others_is_named() -> None:
     assert [d.client for d in disagreeing({**honest, "e": (60, 30)})] == ["e"]
     assert [d.client for d in disagreeing({"a": (60, 6), "e": (60, 30)})] == ["a", "e"]
     assert disagreeing({"a": (600, 60), "e": (10, 9)}) == []
+    assert [d.client for d in disagreeing({"": (60, 6), "e": (60, 30)})] == ["e"]
 
 
 def test_nobody_is_named_by_chance() -> None:

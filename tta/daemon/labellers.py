@@ -139,6 +139,8 @@ def disagreeing(outcomes: Mapping[str, tuple[int, int]]) -> list[Disagreement]:
     found = []
     for client, (n, wrong) in outcomes.items():
         others, others_wrong = n_all - n, wrong_all - wrong
+        if not client:  # nobody in particular
+            continue
         if min(n, others) < MIN_LABELS or abs(wrong / n - others_wrong / others) < DIFFERENCE:
             continue
         more = more_errors_p_value(wrong, n, others_wrong, others)
