@@ -191,10 +191,13 @@ class Bench:
         self.ledger = Ledger(f"{first},{self.proxy.endpoint}", self.daemon.control, regimes, y)
         self.ledger.start()
         self.kinds: dict[str, Callable[[], None]] = {
-            **{f"kill -9 {name}": self._killing(name) for name in ("server", "server1", "shadow", "adapter")},
+            **{
+                f"kill -9 {name}": self._ending(name, signal.SIGKILL)
+                for name in ("server", "server1", "shadow", "adapter")
+            },
             "kill -9 daemon": lambda: self._restart(lambda: None),
             **{f"SIGSTOP {name}": self._stopping(name) for name in ("server", "server1", "shadow", "daemon")},
-            **{f"SIGSTOP {name} for good": self._stopping_for_good(name) for name in ("server", "server1")},
+            **{f"SIGSTOP {name} for good": self._ending(name, signal.SIGSTOP) for name in ("server", "server1")},
             "computation hangs": self._hang,
             "disk takes nothing": self._full_disk,
             "damaged state file": lambda: self._restart(self._damage),
@@ -215,11 +218,13 @@ class Bench:
         found = self.status().get("processes", {}).get(name, {}).get("pid")
         return int(found) if found else None
 
-    def _killing(self, name: str) -> Callable[[], None]:
+    def _ending(self, name: str, signum: int) -> Callable[[], None]:
+        """By SIGKILL at once, or by SIGSTOP, until the daemon kills what does not answer."""
+
         def act() -> None:
             pid = self._pid(name)
             if pid is not None:  # the adapter comes and goes
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signum)
                 self._killed[name] = pid
 
         return act
@@ -231,15 +236,6 @@ class Bench:
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(self.random.uniform(0.2, 3.0))
                 os.kill(pid, signal.SIGCONT)
-
-        return act
-
-    def _stopping_for_good(self, name: str) -> Callable[[], None]:
-        def act() -> None:
-            pid = self._pid(name)
-            if pid is not None:
-                os.kill(pid, signal.SIGSTOP)
-                self._killed[name] = pid  # which the daemon has to do
 
         return act
 

@@ -39,7 +39,7 @@ COUNTS = st.dictionaries(st.sampled_from(["", *"abcox"]), st.integers(0, 500), m
 def test_nobody_gives_more_than_the_share(counts: Mapping[str, int], share: float, limit: int) -> None:
     """Whatever came from whom, each limited client gives at most its share of what is used, a stranger nothing."""
     labellers = replace(THREE, share=share)
-    used = labellers.believed(counts, limit)
+    used = labellers.used(counts, limit)
     total = sum(used.values())
 
     assert all(0 <= n <= counts[client] for client, n in used.items())
@@ -63,7 +63,7 @@ def test_nobody_gives_more_than_the_share(counts: Mapping[str, int], share: floa
 )
 def test_as_many_are_used_as_the_share_allows(counts: Mapping[str, int], used: Mapping[str, int]) -> None:
     """Of two equals everything is used, of a flood as much as all others gave, of one alone nothing."""
-    assert THREE.believed(counts) == used
+    assert THREE.used(counts) == used
 
 
 def listed(path: Path, people: Mapping[str, list[str]], share: float = 0.5) -> Labellers:
@@ -81,13 +81,13 @@ def test_one_who_alone_may_label_decides(tmp_path: Path) -> None:
     first = judge(right, wrong, wrong, None, 0.05)
 
     for labellers in (alone, trusted, Labellers()):
-        assert labellers.believed({"a": 300}) == {"a": 300}
+        assert labellers.used({"a": 300}) == {"a": 300}
         assert without_each(first, right, wrong, wrong, ["a"] * 40, labellers.limited).outcome == "accepted"
         tests = PairedTests(0.05, labellers.limited)
         for _ in range(20):
             tests.update("a", new_correct=False, previous_correct=True)
         assert tests.disagrees
-    assert alone.believed({"cam": 5, "gone": 5, "o": 5}) == {"o": 5}
+    assert alone.used({"cam": 5, "gone": 5, "o": 5}) == {"o": 5}
 
 
 def test_whose_role_is_taken_away_is_not_believed(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_whose_role_is_taken_away_is_not_believed(tmp_path: Path) -> None:
     after = listed(tmp_path / "l.yaml", {"a": ["predict"], "b": ["label"], "c": ["label"]})
     counts = {"a": 1000, "b": 50, "c": 50}
 
-    assert before.believed(counts) == {"a": 100, "b": 50, "c": 50}
-    assert after.believed(counts) == {"b": 50, "c": 50}
+    assert before.used(counts) == {"a": 100, "b": 50, "c": 50}
+    assert after.used(counts) == {"b": 50, "c": 50}
 
 
 def test_a_flood_is_counted_and_selected_no_further_than_its_share(tmp_path: Path) -> None:

@@ -64,9 +64,8 @@ class Control:
     log: Logger
     clients: Clients | None = None  # None: nobody is asked for a key
     asked: dict[int, str] = field(default_factory=dict)  # predictions named by `ask`, oldest first, and to whom
-    disagreeing: dict[str, Disagreement] = field(
-        default_factory=dict
-    )  # clients whose labels contradict the others'
+    # Clients whose labels contradict the others'.
+    disagreeing: dict[str, Disagreement] = field(default_factory=dict)
 
     def handle(self, frames: list[bytes], respond: Callable[[Reply], None], key: str = "") -> None:
         """Answer one request, at once or when the server has swapped; errors become codes.
@@ -169,6 +168,8 @@ class Control:
             raise InputError(f"{len(values)} labels in one request: at most {MAX_LABELS} are taken")
         rows, outcomes = [], []
         ledger = self.ledger
+        # What another client has asked for does not change what this one's labels say.
+        askers = {client, *self.labels.labellers().admins}
         for prediction_id, value in zip(request.prediction_ids, values, strict=True):
             entry = ledger.find(prediction_id)
             if entry is None:
@@ -176,8 +177,7 @@ class Control:
                 continue
             predicted = int(entry.logits.argmax())
             label = value if request.labels else predicted if value else None
-            # Whose questions are another's do not change what his labels say.
-            asked = self.asked.get(prediction_id) in (client, *self.labels.labellers().admins)
+            asked = self.asked.get(prediction_id) in askers
             sure = float(confidence(entry.logits[None])[0])
             rows.append(
                 Labelled(

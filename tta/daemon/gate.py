@@ -3,11 +3,12 @@
 `accepted` if the paired exact test against the serving version passes, the candidate's point estimate is not
 below the source's nor, by more than a standard error, below the best label-free candidate's, and no class
 demonstrably falls by more than is allowed; `rejected` if it is not even better by the point estimate; otherwise
-`undecided`, with how many labels it probably needs.
+`undecided`, with how many labels it probably needs. Where several clients may label, the same is asked by the
+labels of all but each (`without_each`).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -124,10 +125,9 @@ def without_each(
         classes: see `judge`.
         max_class_drop: see `judge`.
     """
-    for client in sorted(set(clients).intersection(limited)):
+    for client, rest in _left_out(clients, limited):
         if verdict.outcome != "accepted":
             break
-        rest = [i for i, name in enumerate(clients) if name != client]
         own, now, home = ([each[i] for i in rest] for each in (candidate, serving, source))
         named = [classes[i] for i in rest] if classes else ()
         others = judge(own, now, home, None, OTHERS_ALPHA, named, max_class_drop)
@@ -152,11 +152,16 @@ def carried_by(
     Returns:
         The first of them; None if there is none.
     """
-    for client in sorted(set(clients).intersection(limited)):
-        rest = [i for i, name in enumerate(clients) if name != client]
+    for client, rest in _left_out(clients, limited):
         if any(behind([candidate[i] for i in rest], [other[i] for i in rest]) for other in others):
             return client
     return None
+
+
+def _left_out(clients: Sequence[str], limited: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+    """Each client that has to be left out, and which labels are the others'."""
+    for client in sorted(set(clients).intersection(limited)):
+        yield client, [i for i, name in enumerate(clients) if name != client]
 
 
 def behind(candidate: Sequence[bool], other: Sequence[bool]) -> bool:

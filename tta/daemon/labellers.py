@@ -50,7 +50,7 @@ class Labellers:
         """Whether labels of a client are used; "" is for those of nobody in particular, or of two that agree."""
         return client == "" or self.names is None or client in self.names
 
-    def believed(self, counts: Mapping[str, int], limit: int = -1) -> dict[str, int]:
+    def used(self, counts: Mapping[str, int], limit: int = -1) -> dict[str, int]:
         """How many labels of each client are used.
 
         Clients that may not label any more are not believed; labels from before keys were asked for, "", are. Of n

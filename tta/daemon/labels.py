@@ -456,7 +456,7 @@ class LabelBuffer:
     def outcomes(self, since: int, version: int, without: str | None = None) -> tuple[int, int]:
         """How many predictions of `version` since then were labelled unasked, and how many of them wrong."""
         given = self.outcomes_by_client(since, version)
-        used = self.labellers().believed({client: n for client, (n, _) in given.items()})
+        used = self.labellers().used({client: n for client, (n, _) in given.items()})
         used = {client: n for client, n in used.items() if client != without}
         wrong = 0
         for client, n in used.items():
@@ -504,7 +504,7 @@ class LabelBuffer:
 
     def _used(self, where: str, parameters: tuple[int, ...], limit: int = -1) -> dict[str, int]:
         """How many of them are used."""
-        return self.labellers().believed(self._given(where, parameters), limit)
+        return self.labellers().used(self._given(where, parameters), limit)
 
     def _rows(self, where: str, parameters: tuple[int, ...], limit: int) -> list[Labelled]:
         """Those used, newest first."""

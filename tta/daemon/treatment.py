@@ -92,7 +92,7 @@ class Treatment:
         self.diagnosis: Diagnosis | None = None
         self.events: deque[dict[str, Any]] = deque(maxlen=200)
         self._log = log
-        self._paired = PairedTests(config.gate.rollback_alpha, frozenset())
+        self._paired = self._fresh_tests()
         self._rates_at, self._rate_looks = FIRST_RATES, 0
         self._probation_from: float | None = None
         self._right: dict[str, deque[bool]] = {m: deque(maxlen=ACCURACY_WINDOW) for m in ("serving", "source")}
@@ -141,7 +141,6 @@ class Treatment:
             self.case.regime = HOME
         if state is State.PROBATION:
             self._probation_from = time.monotonic()
-        self._paired = self._fresh_tests()
         self._unfinished = self.case.swap_to is not None
         self.watch.enter(self.regime, self.sequence)
         if state in (State.DRIFTED, State.ADAPTING):
