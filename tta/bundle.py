@@ -6,6 +6,7 @@
     reference.safetensors   what the monitor needs to know of the reference data
     anchor.safetensors      a small labelled set of source images
     model-fp16.onnx         if it was packaged with --fp16: the graph with weights of half precision
+    manifest.sig            if it was signed with `tta sign`: see `tta.signatures`
 
 Knows nothing of torch, onnxruntime or sockets.
 """
@@ -14,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import struct
 import sys
 import zipfile
@@ -28,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tta.errors import BundleError
+from tta.signatures import SIGNATURES, SigningKey, signer_of, with_signature
 
 FORMAT = 3
 FILES = ("model.onnx", "weights.safetensors", "reference.safetensors", "anchor.safetensors")
@@ -131,11 +134,12 @@ _UNREADABLE = (
 )
 
 
-def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+def load_bundle(path: str | os.PathLike[str], sha256: str = "") -> Bundle:
     """Read a bundle and verify every checksum in it.
 
     Args:
         path: the directory or `.tta` file that `tta package` wrote.
+        sha256: of the bundle that is wanted; "" for whatever is there.
 
     Raises:
         BundleError: missing, truncated, changed, or of another format; the message names the file.
@@ -144,6 +148,12 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
 
     root = Path(path)
     raw = _read(root, "manifest.json")
+    found = hashlib.sha256(raw).hexdigest()
+    if sha256 not in ("", found):
+        raise BundleError(
+            f"{root} is another bundle ({found[:12]}…) than the daemon has started with ({sha256[:12]}…): "
+            "restart the daemon, with a state folder of its own for another model, or put the former back"
+        )
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -153,10 +163,10 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     files: dict[str, bytes] = {}
     for name in (*FILES, *({FP16} & set(manifest.sha256))):
         files[name] = _read(root, name)
-        found = hashlib.sha256(files[name]).hexdigest()
-        if found != manifest.sha256.get(name):
+        hashed = hashlib.sha256(files[name]).hexdigest()
+        if hashed != manifest.sha256.get(name):
             raise BundleError(
-                f"{root}: {name} has sha256 {found[:12]}…, the manifest says "
+                f"{root}: {name} has sha256 {hashed[:12]}…, the manifest says "
                 f"{manifest.sha256.get(name, 'nothing')[:12]}…: copy or package the bundle again"
             )
     return Bundle(
@@ -166,9 +176,66 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
         weights=load(files["weights.safetensors"]),
         reference=load(files["reference.safetensors"]),
         anchor=load(files["anchor.safetensors"]),
-        sha256=hashlib.sha256(raw).hexdigest(),
+        sha256=found,
         graph_fp16=files.get(FP16),
     )
+
+
+def check_signed(bundle: Bundle, signers: Mapping[str, str]) -> str:
+    """Who of those who may has signed a bundle.
+
+    Args:
+        bundle: what was read.
+        signers: names and public keys.
+
+    Raises:
+        BundleError: nobody of them has.
+    """
+    signer = signer_of("bundle", bundle.sha256, _signatures(bundle.path), signers)
+    if signer is None:
+        raise BundleError(
+            f"{bundle.path} is not signed by any of security.signers ({', '.join(signers)}): look where it comes "
+            "from, then sign it with tta sign"
+        )
+    return signer
+
+
+def _signatures(path: Path) -> bytes:
+    if path.is_dir():
+        return (path / SIGNATURES).read_bytes() if (path / SIGNATURES).exists() else b""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(SIGNATURES) if SIGNATURES in archive.namelist() else b""
+    except _UNREADABLE as error:
+        raise BundleError(
+            f"{path}: {SIGNATURES} cannot be read ({error}): copy or sign the bundle again"
+        ) from error
+
+
+def sign_bundle(path: Path, key: SigningKey) -> None:
+    """Vouch for a bundle that verifies; its identity stays.
+
+    Args:
+        path: the bundle; its file or its `manifest.sig` is replaced.
+        key: to sign with.
+
+    Raises:
+        BundleError: it does not verify.
+        OSError: it cannot be written.
+    """
+    lines = with_signature(_signatures(path), key.sign("bundle", load_bundle(path).sha256))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.is_dir():
+        temporary.write_bytes(lines)
+        os.replace(temporary, path / SIGNATURES)
+        return
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(temporary, "w") as new:
+        for entry in old.infolist():
+            if entry.filename != SIGNATURES:
+                new.writestr(entry, old.read(entry))
+        new.writestr(SIGNATURES, lines)
+    shutil.copymode(path, temporary)
+    os.replace(temporary, path)
 
 
 def _read(root: Path, name: str) -> bytes:

@@ -19,7 +19,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from tta.errors import ConfigError
+from tta.errors import ConfigError, InputError
+from tta.signatures import check_signer
 
 # Besides the names of blocks. `race` chooses among blocks, `cross-validate` does so exhaustively, `diagnosis`
 # takes the one the diagnosis names; the others tune the whole network, as the paper's baselines do.
@@ -211,7 +212,7 @@ class LibraryConfig(Section):
 
 
 class SecurityConfig(Section):
-    """Who may connect over tcp."""
+    """Who may connect over tcp, and whose models are served."""
 
     key: Path | None = Field(
         None, description="the daemon's NAME.key_secret, made by tta keygen; null: no keys, this machine only"
@@ -221,6 +222,12 @@ class SecurityConfig(Section):
     )
     plaintext: bool = Field(
         False, description="take tcp from other machines without keys: anybody there can change what is served"
+    )
+    signers: dict[str, str] | None = Field(
+        None, description="NAME: KEY of whose bundles are served, see tta sign; null: unsigned ones too"
+    )
+    signing_key: Path | None = Field(
+        None, description="PEM file; the daemon signs versions with it and serves no other; null: no signatures"
     )
 
 
@@ -255,6 +262,16 @@ class Config(BaseSettings):
         if (security.key is None) != (security.clients is None):
             has, lacks = ("key", "clients") if security.clients is None else ("clients", "key")
             raise ValueError(f"security.{has} is set and security.{lacks} is not: set both, or neither")
+        if security.signers is not None and security.signing_key is None:
+            raise ValueError(
+                "security.signers is set and security.signing_key is not: versions would be served unsigned; "
+                "tta keygen --signing makes a key"
+            )
+        for name, key in (security.signers or {}).items():
+            try:
+                check_signer(key)
+            except InputError as error:
+                raise ValueError(f"security.signers.{name} = {key!r}: {error}") from error
         if security.key is None and not security.plaintext:
             named = {"daemon.control": [self.daemon.control], "server.endpoint": self.server.endpoints}
             for name, endpoint in ((name, e) for name, endpoints in named.items() for e in endpoints):

@@ -3,11 +3,13 @@
     versions/000007/delta.safetensors   what differs from the source, under state_dict names
     versions/000007/probe.safetensors   probe images and the logits the adapter saw for them
     versions/000007/manifest.json       where it came from, the verdict, sha256 of the files
+    versions/000007/manifest.sig        if the daemon signs versions: see `tta.signatures`
 
 A version is the source plus one delta, never a chain. Version 0 is the source and has no folder.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import msgspec
 import numpy.typing as npt
 
 from tta.errors import DeltaError
+from tta.signatures import SIGNATURES, signer_of
 
 SOURCE = 0
 
@@ -41,27 +44,53 @@ class VersionManifest(msgspec.Struct, kw_only=True):
 
 
 def load_version(
-    folder: Path,
+    folder: Path, signers: Mapping[str, str] | None = None
 ) -> tuple[VersionManifest, dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
     """Read and verify one version.
+
+    Args:
+        folder: where it is.
+        signers: names and public keys of those who may sign versions; None: no signature is asked for.
 
     Returns:
         Its manifest, its delta, and its probe ("x" images, "logits").
 
     Raises:
-        DeltaError: a file is missing, truncated or changed; the message names it.
+        DeltaError: a file is missing, truncated or changed, or the version is not signed; the message names it.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     arrays = {}
     try:
-        manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=VersionManifest)
+        raw = (folder / "manifest.json").read_bytes()
+        if signers is not None and not is_signed(folder, raw, signers):
+            raise DeltaError(
+                f"version in {folder} is signed neither with security.signing_key nor by any of security.signers: "
+                "if you know where it comes from, sign the state folder with tta sign"
+            )
+        manifest = msgspec.json.decode(raw, type=VersionManifest)
         for name in ("delta.safetensors", "probe.safetensors"):
             data = (folder / name).read_bytes()
-            if hashlib.sha256(data).hexdigest() != manifest.sha256.get(name):
+            if hash_of(data) != manifest.sha256.get(name):
                 raise DeltaError(f"{folder / name} does not match its manifest's sha256")
             arrays[name] = load(data)
     except (OSError, ValueError, KeyError, msgspec.MsgspecError, SafetensorError) as error:
         raise DeltaError(f"version in {folder} cannot be read: {error}") from error
     return manifest, arrays["delta.safetensors"], arrays["probe.safetensors"]
+
+
+def hash_of(data: bytes) -> str:
+    """As manifests write it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def is_signed(folder: Path, manifest: bytes, signers: Mapping[str, str]) -> bool:
+    """Whether one of `signers` vouches for the bytes of a version's manifest."""
+    return signer_of("version", hash_of(manifest), signatures_of(folder), signers) is not None
+
+
+def signatures_of(folder: Path) -> bytes:
+    """What is in a version's `manifest.sig`; empty if it is not signed."""
+    path = folder / SIGNATURES
+    return path.read_bytes() if path.exists() else b""

@@ -1,4 +1,4 @@
-"""`python -m tta.adapter.worker BUNDLE WORKERS DEVICE NICE PARENT THREADS SHARE`: the adapter.
+"""`python -m tta.adapter.worker BUNDLE WORKERS DEVICE NICE PARENT THREADS SHARE TRUST`: the adapter.
 
 The daemon writes a request folder (`request.json`, `arrays.safetensors`) and names it; the adapter writes the
 candidate beside it (`delta`, `probe`) and reports. Cancelling is killing it.
@@ -7,6 +7,7 @@ candidate beside it (`delta`, `probe`) and reports. Cancelling is killing it.
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tta.errors import AdaptationError, DeviceError, TTAError
 from tta.packaging.blocks import classifier_name
 from tta.packaging.source import build_model
 from tta.process import become_worker
+from tta.signatures import Trust
 from tta.versions import load_version
 
 N_PROBE = 16
@@ -52,8 +54,9 @@ def resolve_device(device: str) -> str:
 class Surgeon:
     """Loads the source once and answers adaptation requests."""
 
-    def __init__(self, bundle: Bundle, device: str) -> None:
+    def __init__(self, bundle: Bundle, device: str, signers: Mapping[str, str] | None = None) -> None:
         self.bundle = bundle
+        self._signers = signers
         m = bundle.manifest
         model = build_model(m.source, m.kwargs)
         self.source: State = {n: torch.from_numpy(np.array(w)) for n, w in bundle.weights.items()}
@@ -78,7 +81,7 @@ class Surgeon:
         window = patient.images(arrays["x_window"]) if "x_window" in arrays else None
         remembered = {}
         for name, version_folder in request["starts"].items():
-            _, delta, _ = load_version(Path(version_folder))
+            _, delta, _ = load_version(Path(version_folder), self._signers)
             changed = {n: torch.from_numpy(np.array(a)) for n, a in delta.items()}
             remembered[name] = {**self.source, **changed}
         rehearsed = load_file(request["rehearsed"]) if request["rehearsed"] else {}
@@ -162,7 +165,8 @@ class Surgeon:
 
 def main() -> int:
     """Serve the daemon until it goes away or kills us."""
-    bundle, workers, device, nice, parent, threads, share = sys.argv[1:8]
+    bundle, workers, device, nice, parent, threads, share, told = sys.argv[1:9]
+    trust = Trust.told(told)
     become_worker(int(nice), int(parent))
     torch.set_num_threads(int(threads))
     logger = log.setup("adapter")
@@ -175,7 +179,7 @@ def main() -> int:
         socket.send(msgspec.msgpack.encode(message))
 
     try:
-        surgeon = Surgeon(load_bundle(bundle), device)
+        surgeon = Surgeon(load_bundle(bundle, trust.bundle), device, trust.versions)
     except TTAError as error:
         logger.error("adapter_failed", error=str(error))
         tell({"op": "failed", "id": 0, "error": str(error)})

@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from tta.commands import ask, bench, check, demo, keygen, label, operate, package, predict, serve, status, versions
+from tta.commands import (
+    ask,
+    bench,
+    check,
+    demo,
+    keygen,
+    label,
+    operate,
+    package,
+    predict,
+    serve,
+    sign,
+    status,
+    versions,
+)
 from tta.commands.output import use_keys
 from tta.errors import TTAError
 
@@ -16,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (demo, package, check, serve, predict, label, ask, status, versions, operate, bench, keygen):
+for module in (demo, package, check, serve, predict, label, ask, status, versions, operate, bench, keygen, sign):
     module.register(app)
 
 

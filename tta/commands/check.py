@@ -36,11 +36,12 @@ def check(
     """
     import numpy as np
 
-    from tta.bundle import load_bundle, source_is_importable
+    from tta.bundle import check_signed, load_bundle, source_is_importable
     from tta.config import load_config
     from tta.daemon.inspection import inspect
     from tta.errors import ConfigError
     from tta.server.predictor import Predictor, resolve_precision
+    from tta.signatures import SigningKey, signers_of_versions
 
     overrides: dict[str, object] = dict(parse_overrides(settings or []))
     if bundle is not None:
@@ -50,12 +51,15 @@ def check(
     c = load_config(config, overrides)
     if (state is not None or repair) and not c.state.is_dir():
         raise ConfigError(f"state folder {c.state} does not exist: nothing to check there")
-    findings = inspect(c.state, repair) if c.state.is_dir() else []
+    key = SigningKey(c.security.signing_key) if c.security.signing_key is not None else None
+    whose = signers_of_versions(c.security.signers, key)
+    findings = inspect(c.state, repair, whose) if c.state.is_dir() else []
     damaged = [f for f in findings if f.problem]
     if not as_json:
         for line in _lines(c.state, findings):
             print(line)
     loaded = load_bundle(c.bundle)
+    signed_by = check_signed(loaded, c.security.signers) if c.security.signers is not None else None
     c.check_model([b.name for b in loaded.manifest.blocks])
     importable = source_is_importable(loaded.manifest.source)
     start = time.perf_counter()
@@ -78,6 +82,7 @@ def check(
         "anchor_accuracy": round(right / len(x), 4),
         "blocks": [b.name for b in loaded.manifest.blocks],
         "can_adapt": importable,
+        "signed_by": signed_by,
         "finite": bool(all(np.isfinite(w).all() for w in loaded.weights.values())),
     }
     if as_json:
@@ -85,7 +90,7 @@ def check(
     else:
         print(
             f"ok: {result['name']} on {result['device']} in {precision}, warm in {warm_s:.2f} s, "
-            f"{100 * right / len(x):.1f} % on the anchor set"
+            f"{100 * right / len(x):.1f} % on the anchor set{f', signed by {signed_by}' if signed_by else ''}"
         )
         if not importable:
             source = loaded.manifest.source

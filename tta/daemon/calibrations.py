@@ -1,7 +1,7 @@
 """Thresholds for how sticky the traffic is, computed in a process of their own and kept on disk.
 
-`python -m tta.daemon.calibrations BUNDLE OUT ARL REPEAT CLASS_RUN NICE PARENT` is that process: seconds of work
-that the daemon's loop must not wait for.
+`python -m tta.daemon.calibrations BUNDLE SHA256 OUT ARL REPEAT CLASS_RUN NICE PARENT` is that process: seconds of
+work that the daemon's loop must not wait for.
 """
 
 import hashlib
@@ -74,6 +74,7 @@ class Calibrations:
         self._wanted = stickiness
         arguments = [
             str(self._bundle.path.resolve()),
+            self._bundle.sha256,
             str(self._path(stickiness)),
             repr(self.arl),
             repr(stickiness.repeat),
@@ -132,9 +133,9 @@ def _compute(bundle: Bundle, arl: float, stickiness: Stickiness) -> Calibration:
 
 def main() -> int:
     """Compute thresholds and write them."""
-    path, out, arl, repeat, class_run, nice, parent = sys.argv[1:8]
+    path, sha256, out, arl, repeat, class_run, nice, parent = sys.argv[1:9]
     become_worker(int(nice), int(parent))
-    calibration = _compute(load_bundle(path), float(arl), Stickiness(float(repeat), int(class_run)))
+    calibration = _compute(load_bundle(path, sha256), float(arl), Stickiness(float(repeat), int(class_run)))
     write_arrays(Path(out), calibration.arrays())
     return 0
 

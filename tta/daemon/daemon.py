@@ -18,7 +18,7 @@ import numpy as np
 import zmq
 
 from tta.auth import Clients, Doorkeeper, key_of
-from tta.bundle import load_bundle, source_is_importable
+from tta.bundle import check_signed, load_bundle, source_is_importable
 from tta.config import Config
 from tta.connection import prepare_listener
 from tta.daemon.calibrations import Calibrations
@@ -45,6 +45,7 @@ from tta.monitor.stickiness import nearest
 from tta.process import allow_files
 from tta.protocol import encode
 from tta.server.options import Counters, Observation
+from tta.signatures import SigningKey, Trust, signers_of_versions
 from tta.versions import SOURCE
 
 Array = np.ndarray[Any, Any]
@@ -95,7 +96,8 @@ class Daemon:
         config.check_model([b.name for b in manifest.blocks])
         if not source_is_importable(manifest.source):
             self.log.warning("source_not_importable", source=manifest.source, consequence="cannot adapt")
-        self.store = Store(config.state, self.bundle.sha256)
+        self.trust, key = self._trust()
+        self.store = Store(config.state, self.bundle.sha256, key, self.trust.versions)
         self._lock_file = lock(config.state)
         self.run_folder = runtime_folder(config.state)
         names = [server_name(number) for number, _ in enumerate(config.server.endpoints)]
@@ -185,6 +187,14 @@ class Daemon:
             state=self.treatment.cycle.state,
         )
 
+    def _trust(self) -> tuple[Trust, SigningKey | None]:
+        """What the other processes take for genuine, and what versions are signed with."""
+        security = self.config.security
+        if security.signers is not None:
+            self.log.info("bundle_signed", by=check_signed(self.bundle, security.signers))
+        key = SigningKey(security.signing_key) if security.signing_key is not None else None
+        return Trust(self.bundle.sha256, signers_of_versions(security.signers, key)), key
+
     def _labellers(self) -> Labellers:
         clients = self._doorkeeper.clients if self._doorkeeper is not None else None
         return Labellers.listed(clients, self.config.labels.client_share)
@@ -240,17 +250,20 @@ class Daemon:
     def _make_processes(self) -> None:
         c = self.config
         bundle, workers, nice = str(c.bundle.resolve()), self._ipc("workers"), str(c.adapt.nice)
+        trust = self.trust.tell()
         pid, pace = str(os.getpid()), (str(c.adapt.threads), str(c.adapt.share))
         self.servers = Servers(
-            self.context, c, self.run_folder, self.bundle.sha256, self._version_folder, self._time_us, self.log
+            self.context, c, self.run_folder, self.trust, self._version_folder, self._time_us, self.log
         )
         for link in self.servers.links:
             self._poller.register(link.socket, zmq.POLLIN)
         model = (c.device, c.precision, str(c.server.gpu_memory_bytes or ""))
-        shadow = Process("shadow", lambda: ["-m", "tta.shadow", bundle, workers, *model, nice, pid], self.log)
+        shadow = Process(
+            "shadow", lambda: ["-m", "tta.shadow", bundle, workers, *model, nice, pid, trust], self.log
+        )
         adapter = Process(
             "adapter",
-            lambda: ["-m", "tta.adapter.worker", bundle, workers, c.device, nice, pid, *pace],
+            lambda: ["-m", "tta.adapter.worker", bundle, workers, c.device, nice, pid, *pace, trust],
             self.log,
             keep=False,
         )

@@ -5,7 +5,7 @@ looks at when they are used.
 """
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,24 +45,25 @@ class Finding:
     repaired: str = ""
 
 
-def inspect(root: Path, repair: bool = False) -> list[Finding]:
+def inspect(root: Path, repair: bool = False, signers: Mapping[str, str] | None = None) -> list[Finding]:
     """Read every file of a state folder.
 
     Args:
         root: the folder.
         repair: set damaged files aside, so that a daemon goes on without them; of labels keep what can be read.
+        signers: of versions, see `load_version`.
 
     Raises:
         ConfigError: it is to be repaired and a daemon uses it; or the labels cannot be read now.
         OSError: a file cannot be renamed.
     """
     if not repair:
-        return list(_every(root, repair))
+        return list(_every(root, repair, signers))
     with lock(root):
-        return list(_every(root, repair))
+        return list(_every(root, repair, signers))
 
 
-def _every(root: Path, repair: bool) -> Iterator[Finding]:
+def _every(root: Path, repair: bool, signers: Mapping[str, str] | None) -> Iterator[Finding]:
     for path in sorted((*root.rglob("*.damaged-*"), *root.glob("versions/.tmp-*"))):
         if not path.name.endswith(("-wal", "-shm")):
             what = "left by a crash" if path.name.startswith(".tmp-") else "set aside earlier"
@@ -75,7 +76,7 @@ def _every(root: Path, repair: bool) -> Iterator[Finding]:
         yield _checked(path, lambda p: load(p.read_bytes()), SEALED["rehearsed.json"], repair)
     for path in sorted(root.glob("versions/[0-9]*/delta.safetensors")):
         consequence = f"version {int(path.parent.name)} cannot serve, and its regime is forgotten"
-        yield _checked(path, lambda p: load_version(p.parent), consequence, repair)
+        yield _checked(path, lambda p: load_version(p.parent, signers), consequence, repair)
     yield from _labels(root / "labels.sqlite", repair)
 
 

@@ -20,6 +20,7 @@ from tta.devices import device_of, n_gpus
 from tta.errors import ConfigError
 from tta.keys import read_public_key
 from tta.server.options import ServerOptions
+from tta.signatures import Trust
 
 POLL_S = 0.05
 START_S = 120.0  # seconds a server may take to load its model
@@ -41,7 +42,7 @@ class Servers:
         context: of the daemon's sockets.
         config: the daemon's.
         run_folder: where sockets and hand-over files lie.
-        bundle_sha256: of the bundle that they serve.
+        trust: the bundle that they serve, and whose versions.
         version_folder: where the version to start with lies; None: the source.
         time_us: see `tta.daemon.clock`.
     """
@@ -51,14 +52,14 @@ class Servers:
         context: "zmq.Context[zmq.Socket[bytes]]",
         config: Config,
         run_folder: Path,
-        bundle_sha256: str,
+        trust: Trust,
         version_folder: Callable[[], Path | None],
         time_us: Callable[[], int],
         log: Logger,
     ) -> None:
         self._config = config
         self._run_folder = run_folder
-        self._bundle_sha256 = bundle_sha256
+        self._trust = trust
         self._version_folder = version_folder
         self._time_us = time_us
         self._log = log
@@ -192,6 +193,7 @@ class Servers:
             key=str(key.resolve()) if key else None,
             public_key=self._public_key,
             clients=str(clients.resolve()) if clients else None,
+            trust=self._trust,
             time_us=self._time_us(),
             **settings,
         )
@@ -251,7 +253,7 @@ class Servers:
         except (msgspec.ValidationError, KeyError):
             return False
         same = theirs.same_service(self._options(number))
-        return bool(hello["bundle_sha256"] == self._bundle_sha256 and same)
+        return bool(hello["bundle_sha256"] == self._trust.bundle and same)
 
     def _strangers(self, wanted: Callable[[], bool]) -> list[ServerLink]:
         """Servers of endpoints that are no longer configured."""

@@ -1,6 +1,5 @@
 """Versions and state on disk: written to a temporary name, synced, renamed; the manifest last."""
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,8 @@ from tta.daemon.files import (
     write_synced,
 )
 from tta.errors import ConfigError, DamagedError, DeltaError, NotFoundError
-from tta.versions import SOURCE, VersionManifest, load_version
+from tta.signatures import SIGNATURES, SigningKey, with_signature
+from tta.versions import SOURCE, VersionManifest, hash_of, is_signed, load_version, signatures_of
 
 Array = npt.NDArray[Any]
 
@@ -42,12 +42,36 @@ def lock(root: Path) -> IO[str]:
     return file
 
 
-class Store:
-    """The `versions/` folder and `state.json` of one daemon."""
+def sign_version(folder: Path, manifest: bytes, key: SigningKey) -> None:
+    """Vouch for a manifest, the present one of a version or its next; what vouched for the one before stays."""
+    lines = with_signature(signatures_of(folder), key.sign("version", hash_of(manifest)))
+    write_atomically(folder / SIGNATURES, lines)
 
-    def __init__(self, root: Path, bundle_sha256: str) -> None:
+
+class Store:
+    """The `versions/` folder and `state.json` of one daemon.
+
+    Args:
+        root: the state folder.
+        bundle_sha256: whose versions they are.
+        key: to sign versions with.
+        signers: names and public keys of those whose versions are served; None: no signature is asked for.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        bundle_sha256: str,
+        key: SigningKey | None = None,
+        signers: Mapping[str, str] | None = None,
+    ) -> None:
         self.root = root
         self.bundle_sha256 = bundle_sha256
+        self._key = key
+        self._signers = signers
         self.damaged: dict[str, str] = {}  # files set aside, by their new name, and why
         self._versions = root / "versions"
         try:
@@ -101,13 +125,17 @@ class Store:
 
     def verified(self, wanted: int) -> int:
         """`wanted` if it verifies, else the source, which always does."""
+        return SOURCE if self.problem(wanted) else wanted
+
+    def problem(self, version: int) -> str:
+        """Why a version must not be served; "" if it verifies."""
         try:
-            folder = self.folder(wanted)
-            if folder is not None and load_version(folder)[0].bundle_sha256 != self.bundle_sha256:
-                return SOURCE
-            return wanted
-        except (NotFoundError, DeltaError):
-            return SOURCE
+            folder = self.folder(version)
+            if folder is not None and load_version(folder, self._signers)[0].bundle_sha256 != self.bundle_sha256:
+                return f"version in {folder} was made for another bundle"
+            return ""
+        except (NotFoundError, DeltaError) as error:
+            return str(error)
 
     def write(
         self,
@@ -141,7 +169,7 @@ class Store:
             block=block,
             start=start,
             created_s=created_s,
-            sha256={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+            sha256={name: hash_of(data) for name, data in files.items()},
             verdict=verdict,
             report=report,
         )
@@ -149,7 +177,10 @@ class Store:
         temporary.mkdir()
         for name, data in files.items():
             write_synced(temporary / name, data)
-        write_synced(temporary / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest)))
+        raw = msgspec.json.format(msgspec.json.encode(manifest))
+        if self._key is not None:
+            write_synced(temporary / SIGNATURES, with_signature(b"", self._key.sign("version", hash_of(raw))))
+        write_synced(temporary / "manifest.json", raw)
         temporary.rename(self._versions / f"{version:06d}")
         sync_folder(self._versions)
         return version
@@ -158,8 +189,14 @@ class Store:
         """Change fields of a version's manifest (its verdict, say)."""
         folder = self.folder(version)
         assert folder is not None
-        manifest = msgspec.structs.replace(self.manifest(version), **fields)
-        write_atomically(folder / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest)))
+        former = (folder / "manifest.json").read_bytes()
+        manifest = msgspec.structs.replace(msgspec.json.decode(former, type=VersionManifest), **fields)
+        raw = msgspec.json.format(msgspec.json.encode(manifest))
+        # Signed first, and beside the former: a crash between the two files spoils nothing. What somebody else has
+        # changed is not made sound.
+        if self._key is not None and is_signed(folder, former, self._signers or {}):
+            sign_version(folder, raw, self._key)
+        write_atomically(folder / "manifest.json", raw)
 
     def manifest(self, version: int) -> VersionManifest:
         """A version's manifest.

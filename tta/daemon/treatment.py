@@ -128,14 +128,16 @@ class Treatment:
         if state is State.ADAPTING:  # the adapter died with the daemon: start that step again
             state = State.DRIFTED
         self.cycle = Cycle(state)
-        verified = self.store.verified(self.case.serving)
-        if verified != self.case.serving:
-            self._log.error("version_lost", version=self.case.serving, serving=verified)
+        problem = self.store.problem(self.case.serving)
+        if problem:
+            self._log.error("version_lost", version=self.case.serving, serving=SOURCE, error=problem)
             self.case = Case(since=self.sequence, paused=self.case.paused)
             self.cycle = Cycle()
         for regime in list(self.library.regimes.values()):
-            if self.store.verified(regime.version) != regime.version:
-                self._log.error("regime_forgotten", regime=regime.number, lost_version=regime.version)
+            problem = self.store.problem(regime.version)
+            if problem:
+                number, version = regime.number, regime.version
+                self._log.error("regime_forgotten", regime=number, lost_version=version, error=problem)
                 self.library.forget(regime.number)
         if self.case.regime not in self.library.regimes:
             self.case.regime = HOME

@@ -60,7 +60,7 @@ class Server:
         """Load the model, warm it, bind the sockets."""
         options = self.options
         allow_files()
-        self.bundle = load_bundle(options.bundle)
+        self.bundle = load_bundle(options.bundle, options.trust.bundle)
         self.predictor = Predictor(
             self.bundle,
             options.device,
@@ -68,6 +68,7 @@ class Server:
             options.max_batch_size,
             resolve_precision(options.precision, options.device),
             options.gpu_memory_bytes,
+            options.trust.versions,
         )
         self.predictor.activate(self._first_version())
         self.context = zmq.Context()

@@ -6,6 +6,8 @@ observations (server → daemon)   observation (one a batch) | counters (one a s
 
 import msgspec
 
+from tta.signatures import Trust
+
 
 class ServerOptions(msgspec.Struct, kw_only=True):
     """Settings of one server process; see `configs/default.yaml` for what each means.
@@ -15,6 +17,7 @@ class ServerOptions(msgspec.Struct, kw_only=True):
         device: "cpu", "cuda" or "auto", with the GPU's number after a colon where there are GPUs.
         key: file of the daemon's key pair, `public_key` its public half: another key is another service.
         clients: file of the list of clients.
+        trust: what bundle to serve, and whose versions.
         time_us: microseconds since the epoch at least: prediction ids begin beyond those of any server before.
     """
 
@@ -39,6 +42,7 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     key: str | None = None
     public_key: str = ""
     clients: str | None = None
+    trust: Trust = Trust()
     seed: int = 0
     time_us: int = 0
 

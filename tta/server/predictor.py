@@ -105,6 +105,7 @@ class Predictor:
         max_batch_size: images computed together at most.
         precision: "fp32", or "fp16" for a bundle that has such a graph.
         gpu_memory_bytes: of one version's arena on a GPU; two live during a swap. None: no limit.
+        signers: of versions, see `load_version`.
 
     Raises:
         BundleError: "fp16" was asked for and the bundle has no such graph.
@@ -119,8 +120,10 @@ class Predictor:
         max_batch_size: int = 32,
         precision: str = "fp32",
         gpu_memory_bytes: int | None = None,
+        signers: Mapping[str, str] | None = None,
     ) -> None:
         self.bundle = bundle
+        self._signers = signers
         self.device = resolve_device(device)
         self.on_gpu = self.device != "cpu"
         self.threads = threads
@@ -149,7 +152,7 @@ class Predictor:
         """
         if folder is None:
             return self.build(SOURCE, {})
-        manifest, delta, probe = load_version(folder)
+        manifest, delta, probe = load_version(folder, self._signers)
         if manifest.bundle_sha256 != self.bundle.sha256:
             raise DeltaError(f"version in {folder} was made for another bundle")
         check_delta(self.bundle, delta)

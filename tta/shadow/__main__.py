@@ -1,4 +1,4 @@
-"""`python -m tta.shadow BUNDLE WORKERS DEVICE PRECISION MEMORY NICE PARENT`: run versions on the daemon's images.
+"""`python -m tta.shadow BUNDLE WORKERS DEVICE PRECISION MEMORY NICE PARENT TRUST`: run versions on images.
 
 The charts always see the source model's features through it, and the gate judges the very session that would
 serve. One thread, one request at a time: `{op:"run", id, versions:[[number, folder]...], shape}` + images gives
@@ -19,6 +19,7 @@ from tta.bundle import load_bundle
 from tta.errors import TTAError
 from tta.process import become_worker
 from tta.server.predictor import Predictor, Session, resolve_precision
+from tta.signatures import Trust
 
 KEPT_SESSIONS = 4
 BATCH = 32
@@ -27,9 +28,12 @@ BATCH = 32
 class Shadow:
     """Sessions of several versions, the least recently used dropped first; the source always stays."""
 
-    def __init__(self, bundle: str, device: str, precision: str, gpu_memory_bytes: int | None) -> None:
+    def __init__(
+        self, bundle: str, device: str, precision: str, gpu_memory_bytes: int | None, trust: Trust
+    ) -> None:
         served = resolve_precision(precision, device)
-        self.predictor = Predictor(load_bundle(bundle), device, 1, BATCH, served, gpu_memory_bytes)
+        loaded = load_bundle(bundle, trust.bundle)
+        self.predictor = Predictor(loaded, device, 1, BATCH, served, gpu_memory_bytes, trust.versions)
         self.source = self.predictor.prepare()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
 
@@ -63,7 +67,7 @@ class Shadow:
 
 def main() -> int:
     """Serve the daemon until it goes away."""
-    bundle, workers, device, precision, memory, nice, parent = sys.argv[1:8]
+    bundle, workers, device, precision, memory, nice, parent, trust = sys.argv[1:9]
     become_worker(int(nice), int(parent))
     logger = log.setup("shadow")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -71,7 +75,7 @@ def main() -> int:
     socket.setsockopt(zmq.IDENTITY, b"shadow")
     socket.connect(workers)
     try:
-        shadow = Shadow(bundle, device, precision, int(memory) if memory else None)
+        shadow = Shadow(bundle, device, precision, int(memory) if memory else None, Trust.told(trust))
     except TTAError as error:
         logger.error("shadow_failed", error=str(error))
         return 2
