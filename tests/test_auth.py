@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from zmq.utils import z85
 from tests.waiting import until
 from tta import protocol
 from tta.auth import Clients, _zap
-from tta.client import AsyncClient, Client
+from tta.client import AsyncClient, Client, Prediction
 from tta.config import load_config
 from tta.connection import connect
 from tta.errors import Code, ConfigError, DeniedError, OverloadedError, TTAError, UnauthenticatedError
@@ -557,3 +558,75 @@ def test_the_roles_are_those_of_the_documentation() -> None:
     """README and code name the same roles."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
     assert all(f"`{role}`" in text for role in ROLES)
+
+
+def test_the_daemons_key_is_renewed_under_traffic(bundle_path: Path, tmp_path: Path) -> None:
+    """Clients that know both keys go on over the change and lose no request; the old key alone is refused.
+
+    A file that holds no key changes nothing, and the next daemon adopts the server that has the new key.
+    """
+    keys, clients = tmp_path / "keys", tmp_path / "clients.yaml"
+    for name in ("daemon", "next", "operator"):
+        write_key_pair(keys, name)
+    publics = [read_key_pair(keys / f"{name}.key_secret").public.decode() for name in ("daemon", "next")]
+    operator = keys / "operator.key_secret"
+    clients.write_text(f"operator: {{key: '{read_key_pair(operator).public.decode()}', roles: [admin]}}")
+    both = Credentials.read(operator, *publics)
+    settings = {"security.key": str(keys / "daemon.key_secret"), "security.clients": str(clients)}
+    daemon = DaemonProcess(bundle_path, tmp_path / "daemon", settings, credentials=both)
+    daemon.start()
+
+    def renew(name: str, event: str) -> None:
+        before = daemon.log_path.read_text().count(event)
+        (keys / f"{name}.key_secret").replace(keys / "daemon.key_secret")
+        until(lambda: daemon.log_path.read_text().count(event) >= before + 2, "the change in both processes")
+
+    def go_on(client: Client, meanwhile: Callable[[], None]) -> list[Prediction]:
+        """Predict and ask from here, while another thread does something."""
+        work, found = threading.Thread(target=meanwhile), []
+        work.start()
+        while work.is_alive() or len(found) < 50:
+            found.append(client.predict(IMAGE))
+            assert client.status()["state"] == "stable"
+        work.join()
+        return found
+
+    try:
+        with Client(daemon.endpoint, daemon.control, 20.0, credentials=both) as client:
+            found = go_on(client, lambda: renew("next", "key_renewed"))
+            assert len({p.prediction_id for p in found}) == len(found)
+            found = go_on(client, lambda: None)
+            assert len(found) == 50
+
+        async def over_asyncio() -> None:
+            async with AsyncClient(daemon.endpoint, daemon.control, 20.0, credentials=both) as client:
+                assert await client.ready()
+                assert (await client.status())["state"] == "stable"
+
+        asyncio.run(over_asyncio())
+        new_only, old_only = (Credentials.read(operator, public) for public in reversed(publics))
+        with Client(daemon.endpoint, daemon.control, 20.0, credentials=new_only) as client:
+            assert client.ready()
+            assert client.status()["state"] == "stable"
+        with Client(daemon.endpoint, daemon.control, 3.0, credentials=old_only) as client:
+            with pytest.raises(UnauthenticatedError):
+                client.ready()
+            with pytest.raises(UnauthenticatedError):
+                client.status()
+
+        (keys / "broken.key_secret").write_text("no key")
+        renew("broken", "key_refused")
+        with Client(daemon.endpoint, daemon.control, 20.0, credentials=new_only) as client:
+            assert client.ready()
+            server = client.status()["processes"]["server"]["pid"]
+        write_key_pair(keys, "third")
+        third = read_key_pair(keys / "third.key_secret").public.decode()
+        renew("third", "key_renewed")
+        daemon.process.kill()
+        daemon.process.wait()
+        daemon.credentials = Credentials.read(operator, publics[0], third)
+        daemon.start()
+        with daemon.client() as client:
+            assert client.status()["processes"]["server"]["pid"] == server
+    finally:
+        daemon.stop()

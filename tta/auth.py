@@ -19,12 +19,12 @@ import zmq
 from zmq.utils import z85
 
 from tta.errors import ConfigError, DeniedError, InputError, OverloadedError
-from tta.keys import ROLES, KeyPair, Role, check_key
+from tta.keys import ROLES, Role, check_key, read_key_pair
 
 MIN_WAIT_S = 0.001
 BURST = 64  # questions answered before anything else gets a turn
 TOLD_S = 1.0  # between two lines about who was turned away
-REFRESH_S = 1.0  # seconds between two looks at the list of clients
+REFRESH_S = 1.0  # seconds between two looks at the list of clients, and at the key
 ZAP = "inproc://zeromq.zap.01"
 
 
@@ -79,6 +79,36 @@ def _listed(text: str) -> dict[str, AllowedClient]:
     return msgspec.yaml.decode(text, type=dict[str, AllowedClient] | None) or {}
 
 
+class WatchedFile:
+    """A file that is read again when it changes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._looked_at = 0.0
+        self._stamp = self._stat()
+
+    def _stat(self) -> tuple[int, ...]:
+        try:
+            s = self.path.stat()
+        except OSError:
+            return ()
+        return (s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino)
+
+    def changed(self) -> bool:
+        """Whether it is another than at the last look; looks once a second."""
+        now = time.monotonic()
+        if now - self._looked_at < REFRESH_S:
+            return False
+        self._looked_at = now
+        stamp, former = self._stat(), self._stamp
+        self._stamp = stamp
+        return stamp != former
+
+    def look_again(self) -> None:
+        """Take it for changed at the next look: it could not be read."""
+        self._stamp = (-1,)
+
+
 class Clients:
     """The list of clients, read again when its file changes.
 
@@ -88,17 +118,9 @@ class Clients:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._file = WatchedFile(path)
         self._quotas: dict[tuple[str, str], Quota] = {}  # by key and what is counted
-        self._looked_at = 0.0
-        self._stamp = self._stat()
         self._by_key = self._load()
-
-    def _stat(self) -> tuple[int, ...]:
-        try:
-            s = self._path.stat()
-        except OSError:
-            return ()
-        return (s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino)
 
     def _load(self) -> dict[str, tuple[str, AllowedClient]]:
         try:
@@ -126,20 +148,14 @@ class Clients:
             ConfigError: what is there now is no list, or no file; the one before stays in force. A file that
                 cannot be read is tried again at the next look.
         """
-        now = time.monotonic()
-        if now - self._looked_at < REFRESH_S:
-            return False
-        self._looked_at = now
-        stamp = self._stat()
-        if stamp == self._stamp:
+        if not self._file.changed():
             return False
         try:
             self._by_key = self._load()
         except ConfigError as error:
-            if not isinstance(error.__cause__, OSError):
-                self._stamp = stamp
+            if isinstance(error.__cause__, OSError):
+                self._file.look_again()
             raise
-        self._stamp = stamp
         return True
 
     def __len__(self) -> int:
@@ -195,22 +211,31 @@ class Clients:
 class Doorkeeper:
     """Answers libzmq's question whom to let in, for all sockets of one context. Owned by the thread that polls.
 
+    When the file with the daemon's key pair has changed, the sockets are bound again with the new one. libzmq then
+    closes their connections: what was admitted is computed, and clients that know the new key ask again.
+
     Args:
         context: whose sockets are to be guarded; make the doorkeeper before any of them binds.
-        key: the daemon's key pair.
+        path: of the daemon's key pair.
         clients: the list.
-        log: hears of who is turned away, and of a list that changed.
+        log: hears of who is turned away, and of a list or key that changed.
+
+    Raises:
+        ConfigError: the key pair cannot be read.
     """
 
     def __init__(
         self,
         context: "zmq.Context[zmq.Socket[bytes]]",
-        key: KeyPair,
+        path: Path,
         clients: Clients,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.clients = clients
-        self._key = key
+        self._file = WatchedFile(path)
+        self._key = read_key_pair(path)
+        self._guarded: list[zmq.Socket[bytes]] = []
+        self._unbound: dict[zmq.Socket[bytes], str] = {}  # whose key was renewed, and where they are to be bound
         self._log = log
         self._complaint = ""  # about the list, told once
         self._told_at, self._untold = float("-inf"), 0  # when it was told who is turned away; how many since
@@ -225,10 +250,16 @@ class Doorkeeper:
         socket.curve_server = True
         socket.curve_secretkey = self._key.secret
         socket.zap_domain = b"tta"
+        self._guarded.append(socket)
         return True
 
+    @property
+    def public_key(self) -> str:
+        """Of the key in force, 40 characters of Z85."""
+        return self._key.public.decode()
+
     def attend(self) -> int:
-        """Answer questions that wait, and look whether the list has changed; how many were turned away."""
+        """Answer questions that wait, and look whether list or key has changed; how many were turned away."""
         n_refused = 0
         for _ in range(BURST):
             if not self.socket.poll(0):
@@ -246,7 +277,39 @@ class Doorkeeper:
             if str(error) != self._complaint:
                 self._complaint = str(error)
                 self._log.error("client_list_refused", error=self._complaint, in_force="the list before")
+        if self._file.changed():
+            self._renew()
+        if self._unbound:
+            self._bind_again()
         return n_refused
+
+    def _renew(self) -> None:
+        """Take the key pair that is in the file now; one that cannot be used leaves the one before in force."""
+        try:
+            key = read_key_pair(self._file.path)
+        except ConfigError as error:
+            self._log.error("key_refused", error=str(error), in_force="the key before")
+            return
+        if key == self._key:
+            return
+        self._key = key
+        for socket in self._guarded:
+            if socket not in self._unbound:
+                self._unbound[socket] = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+                socket.unbind(self._unbound[socket])
+            socket.curve_secretkey = key.secret  # of the listener to come
+
+    def _bind_again(self) -> None:
+        """Bind what was unbound, when libzmq's own thread has closed the listener before."""
+        for socket, endpoint in list(self._unbound.items()):
+            try:
+                socket.bind(endpoint)
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE:
+                    self._log.error("not_bound_again", endpoint=endpoint, error=str(error))
+                continue
+            del self._unbound[socket]
+            self._log.info("key_renewed", endpoint=endpoint, public_key=self.public_key)
 
     def _tell(self, key: str, address: str) -> None:
         """Log who was turned away; of many in a second the first, with the number of those since the last line."""

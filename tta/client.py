@@ -22,7 +22,7 @@ import zmq
 import zmq.asyncio
 
 from tta import protocol
-from tta.connection import Connection
+from tta.connection import NEXT_KEY_S, Connection
 from tta.errors import (
     ConfigError,
     DeadlineError,
@@ -191,8 +191,8 @@ class _Connections:
         self._outstanding.add(request, [], 0, time.monotonic() + self.timeout_s)
         return request.id
 
-    def _connect(self, endpoint: str, queue: bool = False) -> Connection:
-        return Connection(self._context, endpoint, self.timeout_s, queue, self._credentials)
+    def _connect(self, endpoint: str, queue: bool = False, former: Connection | None = None) -> Connection:
+        return Connection(self._context, endpoint, self.timeout_s, queue, self._credentials, former)
 
     def _connect_servers(self) -> None:
         try:
@@ -215,7 +215,7 @@ class _Connections:
         for endpoint, connection in enumerate(self._servers):
             if connection.is_due:
                 self._drop(connection)
-                self._servers[endpoint] = self._connect(connection.endpoint)
+                self._servers[endpoint] = self._connect(connection.endpoint, former=connection)
                 self._listen(endpoint)
                 self._outstanding.knock(endpoint, time.monotonic())
 
@@ -253,7 +253,8 @@ class Client(_Connections):
         window: images unanswered at one server at most; None: what the server grants. Further requests wait.
         retry: send a request again that was refused for overload, or whose server has been silent for a quarter
             of `timeout_s`; a server knows it by its id and computes it once.
-        credentials: where the daemon asks for keys, `tta.Credentials.read(MINE_key_secret, SERVERS_key)`.
+        credentials: where the daemon asks for keys, `tta.Credentials.read(MINE_key_secret, SERVERS_key)`; with the
+            daemon's next key as well while that is being renewed.
     """
 
     def __init__(
@@ -413,33 +414,64 @@ class Client(_Connections):
         """Send a control request and wait for its reply."""
         if self._context.closed:
             raise PreconditionError("the client is closed")
-        if self._daemon is None:
-            self._daemon = self._connect(self._control, queue=True)
-        try:
-            self._daemon.socket.send_multipart(message, zmq.NOBLOCK)
-        except zmq.Again:  # refused since we last looked: libzmq does not knock again
-            self._daemon.close()
-            self._daemon = self._connect(self._control, queue=True)
-            self._daemon.socket.send_multipart(message, zmq.NOBLOCK)
-        connection, request_id = self._daemon, protocol.request_id(message)
-        socket, monitor = connection.socket, connection.monitor
-        poller = zmq.Poller()
-        for each in (socket, monitor):
-            poller.register(each, zmq.POLLIN)
         end = time.monotonic() + self.timeout_s
+        connection, undelivered = self._daemon_connection(), True
+        while undelivered and time.monotonic() < end:
+            undelivered = not connection.is_open
+            try:
+                connection.socket.send_multipart(message, zmq.NOBLOCK)
+                reply = self._reply(connection, protocol.request_id(message), end)
+                if reply is not None:
+                    return _checked(reply)
+                if not connection.wrong_key:
+                    break
+                time.sleep(NEXT_KEY_S)
+            except zmq.Again:  # refused since we last looked: libzmq does not knock again
+                undelivered = True
+            connection = self._connect_daemon()
+        if not undelivered:
+            raise UnavailableError(
+                f"{self._control} renewed its key before it answered: it may have done it or not"
+            )
+        raise self._silence([connection], [self._control])
+
+    def _daemon_connection(self) -> Connection:
+        """To the daemon; another, if the one there was is known to be refused."""
+        if self._daemon is None:
+            return self._connect_daemon()
+        while self._daemon.monitor.poll(0):
+            try:
+                self._daemon.lost(self._daemon.monitor.recv_multipart())
+            except UnauthenticatedError:
+                break
+        return self._daemon if self._daemon.refused_at is None else self._connect_daemon()
+
+    def _connect_daemon(self) -> Connection:
+        if self._daemon is not None:
+            self._daemon.close()
+        self._daemon = self._connect(self._control, queue=True, former=self._daemon)
+        return self._daemon
+
+    def _reply(self, connection: Connection, request_id: int | str, end: float) -> list[bytes] | None:
+        """The reply to a control request; None, if there is none in time or the daemon has another of its keys."""
+        poller = zmq.Poller()
+        for each in (connection.socket, connection.monitor):
+            poller.register(each, zmq.POLLIN)
         while ready := dict(poller.poll(max(0, round((end - time.monotonic()) * 1000)))):
-            if monitor in ready:
+            if connection.monitor in ready:
                 try:
-                    connection.lost(monitor.recv_multipart())
+                    connection.lost(connection.monitor.recv_multipart())
                 except UnauthenticatedError:
                     connection.close()  # the next request tries anew
                     self._daemon = None
                     raise
-            if socket in ready:
-                frames = socket.recv_multipart()
+                if connection.wrong_key:
+                    return None
+            if connection.socket in ready:
+                frames: list[bytes] = connection.socket.recv_multipart()
                 if protocol.reply_id(frames) == request_id:
-                    return _checked(frames)
-        raise self._silence([connection], [self._control])
+                    return frames
+        return None
 
     def _ask(self, request: protocol.Request) -> dict[str, Any]:
         return _opened(self._wait(self._add_question(request)))[0]
@@ -522,6 +554,7 @@ class AsyncClient(_Connections):
         self._tasks: dict[Connection, list[asyncio.Task[None]]] = {}
         self._predicting: dict[int | str, asyncio.Future[Answer]] = {}
         self._calling: dict[int | str, asyncio.Future[list[bytes]]] = {}
+        self._undelivered: dict[int | str, list[bytes]] = {}  # sent while there was no connection to the daemon
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> "AsyncClient":
@@ -537,7 +570,10 @@ class AsyncClient(_Connections):
         return self
 
     def _connect_daemon(self) -> Connection:
-        self._daemon = connection = self._connect(self._control, queue=True)
+        former = self._daemon
+        if former is not None:
+            self._drop(former)
+        self._daemon = connection = self._connect(self._control, queue=True, former=former)
         work = (self._read_control(connection.socket), self._watch_control(connection))
         self._tasks[connection] = [asyncio.create_task(each) for each in work]
         return connection
@@ -666,26 +702,31 @@ class AsyncClient(_Connections):
             self._turn()
 
     async def _watch_control(self, connection: Connection) -> None:
-        while True:
+        while not connection.wrong_key:
             try:
                 connection.lost(await connection.monitor.recv_multipart())
             except UnauthenticatedError as error:
                 for future in self._calling.values():
                     if not future.done():
                         future.set_exception(UnauthenticatedError(str(error)))
+        await asyncio.sleep(NEXT_KEY_S)
+        if connection is self._daemon:
+            following = self._connect_daemon()  # ends this task at its next wait
+            for frames in self._undelivered.values():
+                _sent(following, frames)
 
     async def _exchange(self, frames: list[bytes]) -> dict[str, Any]:
         self._check_open()
         connection = self._daemon
         if connection is None or connection.refused_at is not None:  # knock again
-            if connection is not None:
-                self._drop(connection)
             connection = self._connect_daemon()
-        async with self._expect(protocol.request_id(frames)) as answer:
+        request_id = protocol.request_id(frames)
+        async with self._expect(request_id) as answer:
             if not _sent(connection, frames):  # refused since we last heard: libzmq does not knock again
-                self._drop(connection)
                 connection = self._connect_daemon()
                 _sent(connection, frames)
+            if not connection.is_open:
+                self._undelivered[request_id] = frames
             try:
                 return _checked(await asyncio.wait_for(answer, self.timeout_s))
             except TimeoutError:
@@ -698,6 +739,7 @@ class AsyncClient(_Connections):
             yield self._calling[request_id]
         finally:
             del self._calling[request_id]
+            self._undelivered.pop(request_id, None)
 
     async def _read_control(self, socket: Any) -> None:
         while True:

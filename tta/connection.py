@@ -13,6 +13,7 @@ from tta.keys import Credentials
 BROKEN_HANDSHAKES = 3  # in a row, after which a silent server has not just gone down in the middle of one
 HANDSHAKE_MS = 5000  # that a connection may last without saying who it is
 REFUSED_S = 1.0  # after a refusal until somebody may have changed the list of clients
+NEXT_KEY_S = 0.05  # before the next of the daemon's keys is tried
 LONGEST_RECONNECT_MS = 1000  # between two attempts to reach an endpoint
 EVENTS = (
     zmq.EVENT_DISCONNECTED
@@ -25,9 +26,16 @@ _numbers = itertools.count()
 
 
 def connect(
-    context: Any, endpoint: str, timeout_s: float, queue: bool = False, credentials: Credentials | None = None
+    context: Any,
+    endpoint: str,
+    timeout_s: float,
+    queue: bool = False,
+    credentials: Credentials | None = None,
+    turn: int = 0,
 ) -> Any:
     """A DEALER; unless it may `queue`, it takes nothing to send while there is no connection.
+
+    `turn` says which of the daemon's keys the credentials use.
 
     Raises:
         ConfigError: the endpoint is no address.
@@ -41,7 +49,7 @@ def connect(
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, LONGEST_RECONNECT_MS)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     if credentials is not None and endpoint.startswith("tcp:"):
-        credentials.show_on(socket)
+        credentials.show_on(socket, turn)
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:
@@ -69,25 +77,38 @@ class Connection:
         timeout_s: of a send that has to wait.
         queue: take messages before there is a connection.
         credentials: to show over tcp.
+        former: the connection in whose place this is: where the daemon has closed that one before anything was
+            said, the next of the keys that it may have is tried.
 
     Attributes:
         socket: DEALER.
         monitor: its events, for `lost`. It has no bound: libzmq's own thread waits for whoever does not read.
-        refused_at: monotonic seconds at which it was refused; libzmq does not try again, so that another
-            connection has to.
+        refused_at: monotonic seconds at which it was refused; libzmq does not try again, or not with another key,
+            so that another connection has to.
+        is_open: whether both sides have said who they are, as far as `lost` has heard.
+        wrong_key: whether the daemon may have another of its keys.
 
     Raises:
         ConfigError: the endpoint is no address.
     """
 
     def __init__(
-        self, context: Any, endpoint: str, timeout_s: float, queue: bool, credentials: Credentials | None
+        self,
+        context: Any,
+        endpoint: str,
+        timeout_s: float,
+        queue: bool,
+        credentials: Credentials | None,
+        former: "Connection | None" = None,
     ) -> None:
         self.endpoint = endpoint
         self.refused_at: float | None = None
+        self.is_open = self.wrong_key = False
         self._has_key = credentials is not None and endpoint.startswith("tcp:")
-        self._broken = 0
-        self.socket = connect(context, endpoint, timeout_s, queue, credentials)
+        self._has_choice = credentials is not None and self._has_key and credentials.n_server_keys > 1
+        self._broken: int = former._broken if former is not None else 0
+        self._turn: int = former._turn + former.wrong_key if former is not None else 0
+        self.socket = connect(context, endpoint, timeout_s, queue, credentials, self._turn)
         address = f"inproc://monitor-{next(_numbers)}"
         self.socket.monitor(address, EVENTS)
         self.monitor = context.socket(zmq.PAIR)
@@ -104,7 +125,8 @@ class Connection:
     @property
     def is_due(self) -> bool:
         """Whether it was refused a while ago, so that another may be let in."""
-        return self.refused_at is not None and time.monotonic() - self.refused_at >= REFUSED_S
+        wait_s = NEXT_KEY_S if self.wrong_key else REFUSED_S
+        return self.refused_at is not None and time.monotonic() - self.refused_at >= wait_s
 
     @property
     def is_shut(self) -> bool:
@@ -123,6 +145,7 @@ class Connection:
         event = parse_monitor_message(message)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._broken = 0
+            self.is_open = True
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self.refused_at = time.monotonic()
             raise UnauthenticatedError(
@@ -134,4 +157,8 @@ class Connection:
             raise UnauthenticatedError(f"{self.endpoint} {wants} (credentials; --key and --server-key)")
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             self._broken += 1
+            if self._has_choice:
+                self.refused_at, self.wrong_key = time.monotonic(), True
+        elif event == zmq.EVENT_DISCONNECTED:
+            self.is_open = False
         return bool(event == zmq.EVENT_DISCONNECTED)

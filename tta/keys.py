@@ -100,33 +100,49 @@ def write_key_pair(folder: Path, name: str) -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What a client needs over tcp: its own key pair, and the public key by which it knows the daemon."""
+    """What a client needs over tcp: its own key pair, and the public key by which it knows the daemon.
+
+    Attributes:
+        key: its own.
+        server_key: the daemon's, 40 characters of Z85.
+        other_server_keys: that the daemon may have instead: its next one, while it is being renewed.
+    """
 
     key: KeyPair
     server_key: bytes
+    other_server_keys: tuple[bytes, ...] = ()
 
     @classmethod
-    def read(cls, key: Path | str, server_key: Path | str) -> "Credentials":
+    def read(cls, key: Path | str, server_key: Path | str, *others: Path | str) -> "Credentials":
         """From files.
 
         Args:
             key: the client's NAME.key_secret.
             server_key: the daemon's public certificate, or the 40 characters themselves.
+            others: that the daemon may have instead; each is tried in turn.
 
         Raises:
             ConfigError: one is not there or is no key.
         """
-        try:
-            if Path(server_key).is_file():
-                raise InputError("it is a file")
-            check_key(str(server_key))
-            server = str(server_key).encode("ascii")
-        except (InputError, UnicodeEncodeError, OSError):
-            server = read_public_key(Path(server_key))
-        return cls(read_key_pair(Path(key)), server)
+        return cls(read_key_pair(Path(key)), _server_key(server_key), tuple(map(_server_key, others)))
 
-    def show_on(self, socket: Any) -> None:
-        """Let a socket, not connected yet, use them."""
-        socket.curve_serverkey = self.server_key
+    @property
+    def n_server_keys(self) -> int:
+        """How many the daemon may have."""
+        return 1 + len(self.other_server_keys)
+
+    def show_on(self, socket: Any, turn: int = 0) -> None:
+        """Let a socket, not connected yet, use them; `turn` says which of the daemon's keys."""
+        socket.curve_serverkey = (self.server_key, *self.other_server_keys)[turn % self.n_server_keys]
         socket.curve_publickey = self.key.public
         socket.curve_secretkey = self.key.secret
+
+
+def _server_key(given: Path | str) -> bytes:
+    try:
+        if Path(given).is_file():
+            raise InputError("it is a file")
+        check_key(str(given))
+        return str(given).encode("ascii")
+    except (InputError, UnicodeEncodeError, OSError):
+        return read_public_key(Path(given))

@@ -49,7 +49,10 @@ def options(
         Path | None, typer.Option(envvar="TTA_KEY", help="Your NAME.key_secret, where the daemon asks for keys.")
     ] = None,
     server_key: Annotated[
-        str | None, typer.Option(envvar="TTA_SERVER_KEY", help="The daemon's NAME.key, or the key itself.")
+        str | None,
+        typer.Option(
+            envvar="TTA_SERVER_KEY", help="The daemon's NAME.key, or the key; also its next, with a comma."
+        ),
     ] = None,
 ) -> None:
     """Serve a vision classifier, watch for shift, operate on one block, prove it, hot-swap it."""

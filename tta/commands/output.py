@@ -48,7 +48,7 @@ def credentials() -> Credentials | None:
     if key is None or server_key is None:
         missing = "--key (TTA_KEY)" if key is None else "--server-key (TTA_SERVER_KEY)"
         raise ConfigError(f"{missing} is missing: a client needs its own key and the daemon's public one")
-    return Credentials.read(key, server_key)
+    return Credentials.read(key, *str(server_key).split(","))
 
 
 def connect(control: str = CONTROL, endpoint: str = ENDPOINT, timeout_s: float = 10.0) -> Client:

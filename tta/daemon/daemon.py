@@ -38,7 +38,7 @@ from tta.daemon.store import Store, lock
 from tta.daemon.treatment import Treatment
 from tta.daemon.watch import Watch, calibrated_for
 from tta.errors import ConfigError, TTAError
-from tta.keys import read_key_pair
+from tta.keys import read_public_key
 from tta.monitor.calibration import Calibration, reference_warning
 from tta.monitor.regimes import fingerprint
 from tta.monitor.stickiness import nearest
@@ -213,7 +213,7 @@ class Daemon:
             if security.plaintext:
                 self.log.warning("plaintext", consequence="whoever reaches the sockets can change what is served")
             return None
-        return Doorkeeper(self.context, read_key_pair(security.key), Clients(security.clients), self.log)
+        return Doorkeeper(self.context, security.key, Clients(security.clients), self.log)
 
     def _bind(self) -> Doorkeeper | None:
         """Open the sockets; who asks for keys at the control socket, if anybody does."""
@@ -253,7 +253,14 @@ class Daemon:
         trust = self.trust.tell()
         pid, pace = str(os.getpid()), (str(c.adapt.threads), str(c.adapt.share))
         self.servers = Servers(
-            self.context, c, self.run_folder, self.trust, self._version_folder, self._time_us, self.log
+            self.context,
+            c,
+            self.run_folder,
+            self.trust,
+            self._version_folder,
+            self._time_us,
+            self._public_key,
+            self.log,
         )
         for link in self.servers.links:
             self._poller.register(link.socket, zmq.POLLIN)
@@ -274,6 +281,13 @@ class Daemon:
     def _version_folder(self) -> Path | None:
         """Of the version a server starts with: the newest that verifies, or a lost folder would keep it down."""
         return self.store.folder(self.store.verified(self.treatment.case.serving))
+
+    def _public_key(self) -> str:
+        """The daemon's, by which servers of another are told apart; "" where it has none."""
+        key = self.config.security.key
+        if self._doorkeeper is not None:
+            return self._doorkeeper.public_key
+        return read_public_key(key).decode() if key is not None else ""
 
     def _time_us(self) -> int:
         return self.treatment.clock.now_us()

@@ -18,7 +18,6 @@ from tta.daemon.links import ServerLink
 from tta.daemon.processes import Logger, Process, is_alive
 from tta.devices import device_of, n_gpus
 from tta.errors import ConfigError
-from tta.keys import read_public_key
 from tta.server.options import ServerOptions
 from tta.signatures import Trust
 
@@ -45,6 +44,7 @@ class Servers:
         trust: the bundle that they serve, and whose versions.
         version_folder: where the version to start with lies; None: the source.
         time_us: see `tta.daemon.clock`.
+        public_key: of the daemon; "" where nobody is asked for a key.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Servers:
         trust: Trust,
         version_folder: Callable[[], Path | None],
         time_us: Callable[[], int],
+        public_key: Callable[[], str],
         log: Logger,
     ) -> None:
         self._config = config
@@ -63,9 +64,7 @@ class Servers:
         self._version_folder = version_folder
         self._time_us = time_us
         self._log = log
-        key = config.security.key
-        # Read once: a file that is lost later stops nothing.
-        self._public_key = read_public_key(key).decode() if key else ""
+        self._public_key = public_key
         self._context = context
         self.links = [self._link(number) for number, _ in enumerate(config.server.endpoints)]
 
@@ -191,7 +190,7 @@ class Servers:
             device=device_of(config.device, number, n_gpus()),
             precision=config.precision,
             key=str(key.resolve()) if key else None,
-            public_key=self._public_key,
+            public_key=self._public_key(),
             clients=str(clients.resolve()) if clients else None,
             trust=self._trust,
             time_us=self._time_us(),

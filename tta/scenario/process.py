@@ -51,7 +51,7 @@ class DaemonProcess:
         for key, value in values.items():
             self.argv += ["--set", f"{key}={json.dumps(value)}"]
         self.process: subprocess.Popen[bytes] | None = None
-        self._credentials = credentials
+        self.credentials = credentials
 
     def start(self) -> None:
         """Start it and wait until it answers.
@@ -86,7 +86,7 @@ class DaemonProcess:
 
     def client(self, timeout_s: float = 10.0) -> Client:
         """A client of this daemon."""
-        return Client(self.endpoint, self.control, timeout_s, credentials=self._credentials)
+        return Client(self.endpoint, self.control, timeout_s, credentials=self.credentials)
 
 
 def free_ports(n: int) -> list[int]:

@@ -27,8 +27,7 @@ import zmq
 from tta import log
 from tta.auth import Clients, Doorkeeper
 from tta.bundle import load_bundle
-from tta.errors import ConfigError, TTAError, UnavailableError
-from tta.keys import read_key_pair
+from tta.errors import TTAError, UnavailableError
 from tta.process import allow_files
 from tta.server.batcher import Batcher, Pending
 from tta.server.frontend import Computed, Failed, Frontend, Statistics, send
@@ -76,6 +75,7 @@ class Server:
         self.batcher = Batcher(options.max_batch_size, options.max_wait_s, options.queue_images, options.queue_s)
         self._learn_speed()
         self.statistics = Statistics(self.epoch, options.number)
+        self.doorkeeper = self._doorkeeper()
         self.frontend = Frontend(
             self.context,
             options,
@@ -85,7 +85,7 @@ class Server:
             self.handle_admin,
             self.version,
             self.log,
-            self._doorkeeper(),
+            self.doorkeeper,
         )
         self.inference = threading.Thread(target=self.predict_batches, name="inference", daemon=True)
         self.inference.start()
@@ -104,10 +104,7 @@ class Server:
         key, clients = self.options.key, self.options.clients
         if key is None or clients is None:
             return None
-        pair = read_key_pair(Path(key))
-        if pair.public.decode() != self.options.public_key:
-            raise ConfigError(f"{key} is not the key that the daemon has read at its start: restart the daemon")
-        return Doorkeeper(self.context, pair, Clients(Path(clients)), self.log)
+        return Doorkeeper(self.context, Path(key), Clients(Path(clients)), self.log)
 
     def _learn_speed(self) -> None:
         """How long the smallest and the largest batch take: something to judge the first deadlines by."""
@@ -262,7 +259,7 @@ class Server:
                     "pid": os.getpid(),
                     "epoch": self.epoch,
                     "bundle_sha256": self.bundle.sha256,
-                    "options": msgspec.to_builtins(self.options),
+                    "options": msgspec.to_builtins(self._options_now()),
                     "version": self.version(),
                     "stalled_s": self._stalled_s(),
                     "device": self.predictor.device,
@@ -279,6 +276,12 @@ class Server:
                 return
             self.building = True
             threading.Thread(target=self._swap, args=(command,), name="builder", daemon=True).start()
+
+    def _options_now(self) -> ServerOptions:
+        """Those it was started with, and the daemon's key as it is by now."""
+        if self.doorkeeper is None:
+            return self.options
+        return msgspec.structs.replace(self.options, public_key=self.doorkeeper.public_key)
 
     def _swap(self, command: dict[str, Any]) -> None:
         """Builder thread: prepare, verify, flip, report."""
