@@ -5,12 +5,11 @@
 A daemon with two servers serves the digits; a client keeps a ledger: every request, its answer's version and logits,
 every label that was acknowledged. It reaches the second server through a proxy. Images are clean, noisy or blurred by
 turns, so that versions are made and recalled all the while. Then, at random: kill -9 and SIGSTOP of each process,
-computations that do not end, a disk that takes nothing (RLIMIT_FSIZE), files of the state folder cut, zeroed and
-changed while the daemon is down, a wall clock that jumps, connections that are dropped and delayed, frames that nobody
-should send, floods of labels and of requests. After each it waits until everything is as before. At the end the ledger
-is compared with the disk, and every answer with what its version computes. Files of labels and versions are left whole
-here: that damaged ones are set aside and lose what cannot be read is tested elsewhere. Writes
-`results/faults.{json,md}`.
+computations that do not end, a disk that takes nothing (RLIMIT_FSIZE) or is full (a small tmpfs, where one can be
+mounted), files of the state folder cut, zeroed and changed while the daemon is down, a wall clock that jumps, connections
+that are dropped and delayed, frames that nobody should send, floods of labels and of requests. After each it waits until
+everything is as before. At the end the ledger is compared with the disk, and every answer with what its version computes.
+What only a damaged file of labels or of a version held is counted apart. Writes `results/faults.{json,md}`.
 """
 
 import argparse
@@ -19,9 +18,11 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import threading
@@ -62,6 +63,7 @@ RATE = 50.0  # requests a second
 LABEL_EVERY = 4
 TIMEOUT_S = 60.0  # a request that is not answered by then is lost
 RECOVERY_S = 90.0
+DISK_MB = 512  # of the tmpfs
 KEPT = ("server", "server1", "shadow")  # processes that always run
 FAULTS_A_REGIME = 8  # and the pictures change
 TOLERANCE = 2e-3  # of logits, between batches of different sizes
@@ -174,14 +176,14 @@ class Bench:
         self.site.mkdir()
         (self.site / "sitecustomize.py").write_text(SITE)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(self.site), os.environ.get("PYTHONPATH")]))
-        self.bundle = CACHE / "digits.tta"
-        if not self.bundle.exists():
-            CACHE.mkdir(exist_ok=True)
-            x, y = digits("reference", 2400, seed=1)
-            recipe = Recipe("digits", SOURCE, IMAGE_SHAPE, KWARGS)
-            package(train(5, 0, lambda step, steps: None), recipe, x, y, [str(i) for i in range(10)], self.bundle)
-        self.daemon = DaemonProcess(self.bundle, folder / "daemon", SETTINGS, n_servers=2)
-        self.state = folder / "daemon" / "state"
+        self.bundle = digits_bundle()
+        self.disk = folder / "daemon"
+        self.disk.mkdir()
+        self.has_disk = mounted(self.disk)
+        self.daemon = DaemonProcess(self.bundle, self.disk, SETTINGS, n_servers=2)
+        self.state = self.disk / "state"
+        self.copies = folder / "copies"  # of versions that were damaged, as they were
+        self.labels_damaged: set[int] = set()  # ids whose labels only a damaged file held
         first, second = self.daemon.endpoint.split(",")
         self.proxy = Proxy(int(second.rpartition(":")[2]))
         x, y = digits("stream", 600, seed=21)
@@ -199,8 +201,11 @@ class Bench:
             **{f"SIGSTOP {name}": self._stopping(name) for name in ("server", "server1", "shadow", "daemon")},
             **{f"SIGSTOP {name} for good": self._ending(name, signal.SIGSTOP) for name in ("server", "server1")},
             "computation hangs": self._hang,
-            "disk takes nothing": self._full_disk,
-            "damaged state file": lambda: self._restart(self._damage),
+            "disk takes nothing": self._forbidden_disk,
+            **({"disk full": self._full_disk} if self.has_disk else {}),
+            "damaged state file": lambda: self._restart(lambda: self._damage(self._state_files())),
+            "damaged version": lambda: self._restart(self._damage_version),
+            "damaged labels": self._damage_labels,
             "clock jumps": self._clock,
             "connections dropped": self.proxy.drop,
             "connections delayed": self._delay,
@@ -262,10 +267,12 @@ class Bench:
         time.sleep(self.random.uniform(0.0, 1.0))
         self.daemon.start()
 
-    def _damage(self) -> None:
+    def _state_files(self) -> list[Path]:
         names = ["state.json", "library.json", "watch.safetensors", "rehearsed.json"]
         files = [self.state / name for name in names if (self.state / name).exists()]
-        files += sorted((self.state / "regimes").glob("*.safetensors"))
+        return files + sorted((self.state / "regimes").glob("*.safetensors"))
+
+    def _damage(self, files: list[Path]) -> None:
         path = self.random.choice(files)
         data = path.read_bytes()
         cut = self.random.randrange(len(data))
@@ -275,7 +282,37 @@ class Bench:
             )
         )
 
+    def _damage_version(self) -> None:
+        """The newest, which often is the one that serves."""
+        if not self.promoted():
+            return
+        folder = self.state / "versions" / f"{max(self.promoted()):06d}"
+        shutil.copytree(folder, self.copies / folder.name)
+        self._damage([folder / "delta.safetensors", folder / "manifest.json"])
+
+    def _damage_labels(self) -> None:
+        before: set[int] = set()
+
+        def damage() -> None:
+            before.update(self.labels_on_disk())  # the last connection puts all into one file when it is closed
+            self._damage([self.state / "labels.sqlite"])
+
+        self._restart(damage)
+        self.labels_damaged |= before - self.labels_on_disk()
+
     def _full_disk(self) -> None:
+        """All of it is taken for some seconds."""
+        filler = self.disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(1 << 20))
+        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+        time.sleep(self.random.uniform(0.5, 3.0))
+        filler.unlink()
+
+    def _forbidden_disk(self) -> None:
         pid = self._pid("daemon")
         assert pid is not None
         limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
@@ -366,6 +403,15 @@ class Bench:
                 found.add(manifest.version)
         return found
 
+    def labels_on_disk(self) -> set[int]:
+        """Their prediction ids."""
+        with sqlite3.connect(self.state / "labels.sqlite") as db:
+            return {row[0] for row in db.execute("SELECT prediction_id FROM labels")}
+
+    def keep_log(self) -> None:
+        """Somewhere else than in the folder that goes."""
+        (Path(tempfile.gettempdir()) / "tta-faults.log").write_text(self.daemon.log_path.read_text())
+
     def one(self, kind: str) -> Json:
         """Do it, wait until all is well; how long that took."""
         before = Counter(self.ledger.refused)
@@ -388,7 +434,9 @@ class Bench:
         predictor = Predictor(load_bundle(self.bundle), "cpu", 1, 64)
         wrong = 0
         for version in sorted({v for _, _, _, v, _ in self.ledger.answers}):
-            folder = self.state / "versions" / f"{version:06d}" if version else None
+            name = f"{version:06d}"
+            kept_whole = self.copies if (self.copies / name).exists() else self.state / "versions"
+            folder = kept_whole / name if version else None
             session = predictor.prepare(folder)
             for regime in range(len(self.regimes)):
                 rows = [
@@ -425,9 +473,9 @@ def run(n: int, seed: int, only: list[str] | None) -> Json:
                 print(f"{i + 1} of {n}: {kind}: {took} s", file=sys.stderr, flush=True)
             served_last = bench.status()
             bench.ledger.stop()
-            lost_versions = promoted - bench.promoted()
-            with sqlite3.connect(bench.state / "labels.sqlite") as db:
-                on_disk = {row[0] for row in db.execute("SELECT prediction_id FROM labels")}
+            damaged = {int(path.name) for path in bench.copies.glob("*")}
+            lost_versions = promoted - bench.promoted() - damaged
+            lost_labels = bench.ledger.acknowledged - bench.labels_on_disk()
             ids = [answer[0] for answer in bench.ledger.answers]
             ledger = bench.ledger
             return {
@@ -441,8 +489,10 @@ def run(n: int, seed: int, only: list[str] | None) -> Json:
                 "wrong_answers": bench.wrong_answers(),
                 "labels_acknowledged": len(ledger.acknowledged),
                 "labels_refused": ledger.unacknowledged,
-                "labels_lost": len(ledger.acknowledged - on_disk),
+                "labels_lost": len(lost_labels - bench.labels_damaged),
+                "labels_damaged": len(lost_labels & bench.labels_damaged),
                 "versions_promoted": len(promoted),
+                "versions_damaged": len(damaged),
                 "versions_lost": len(lost_versions),
                 "versions_answering": len({answer[3] for answer in ledger.answers}),
                 "client_failed": repr(ledger.failure) if ledger.failure else "",
@@ -453,8 +503,26 @@ def run(n: int, seed: int, only: list[str] | None) -> Json:
             bench.ledger._done.set()
             bench.daemon.stop()
             bench.proxy.close()
-            keep = Path(tempfile.gettempdir()) / "tta-faults.log"
-            keep.write_text(bench.daemon.log_path.read_text())
+            bench.keep_log()
+            if bench.has_disk:
+                subprocess.run(["umount", str(bench.disk)], check=False)
+
+
+def digits_bundle() -> Path:
+    """A small ResNet trained on warped digits, made at the first call."""
+    path = CACHE / "digits.tta"
+    if not path.exists():
+        CACHE.mkdir(exist_ok=True)
+        x, y = digits("reference", 2400, seed=1)
+        recipe = Recipe("digits", SOURCE, IMAGE_SHAPE, KWARGS)
+        package(train(5, 0, lambda step, steps: None), recipe, x, y, [str(i) for i in range(10)], path)
+    return path
+
+
+def mounted(folder: Path) -> bool:
+    """Whether a small disk could be mounted there."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
+    return os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
 
 
 def table(result: Json) -> list[str]:
@@ -478,9 +546,11 @@ def table(result: Json) -> list[str]:
         f"| answers that are not their version's | {result['wrong_answers']} |",
         f"| labels acknowledged | {result['labels_acknowledged']:,} |",
         f"| of those lost | {result['labels_lost']} |",
+        f"| of those only in a damaged file, where it could not be read | {result['labels_damaged']:,} |",
         f"| labels refused, or not answered in time | {result['labels_refused']:,} |",
         f"| versions promoted | {result['versions_promoted']} |",
         f"| of those lost | {result['versions_lost']} |",
+        f"| of those damaged | {result['versions_damaged']} |",
         f"| versions that answered | {result['versions_answering']} |",
         "",
         "| fault | times | recovered | seconds until all was well, median | most | requests refused meanwhile |",

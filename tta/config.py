@@ -205,6 +205,11 @@ class LibraryConfig(Section):
 
     capacity: int = Field(32, ge=1, description="regimes kept besides home")
     images: int = Field(512, ge=0, le=100_000, description="images kept of each regime on disk, for rehearsal")
+    versions: int = Field(
+        128,
+        ge=1,
+        description="newest versions kept on disk, rejected ones' notes among them, besides those in use",
+    )
     recall: Annotated[Literal["immediate", "confirm", "off"], _Off] = Field(
         "immediate",
         description="immediate: serve a returning regime's version; confirm: when labels agree; off: only home's",

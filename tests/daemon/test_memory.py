@@ -229,6 +229,23 @@ def test_a_number_is_never_used_again(tmp_path: Path) -> None:
         store.folder(first)
 
 
+def test_old_versions_are_retired_and_those_in_use_stay(tmp_path: Path) -> None:
+    """Of a hundred versions the newest few and those in use stay, and the next number is the hundred-first."""
+    store = Store(tmp_path, "hash")
+    for number in range(1, 101):
+        assert store.write(*delta(), "head", "source", 0.0, {}, {"outcome": "accepted"}) == number
+        if number % 3 == 0:
+            store.discard(number)
+
+    gone = store.retire({0, 7, 50}, keep=10)
+
+    assert len(gone) == 87
+    assert store.numbers() == [0, 7, 50, *(n for n in range(90, 101) if n % 3)]
+    assert len(list((tmp_path / "versions").iterdir())) == 13
+    assert store.retire({0, 7, 50}, keep=10) == []
+    assert store.write(*delta(), "head", "source", 0.0, {}, {}) == 101
+
+
 def test_candidates_left_by_a_crash_are_dropped(tmp_path: Path) -> None:
     """At a restart what the gate never accepted goes, what it did stays."""
     store = Store(tmp_path, "hash")

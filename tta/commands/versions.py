@@ -1,6 +1,6 @@
 """`tta versions`, `tta rollback`, `tta reset`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,15 +24,21 @@ def versions(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_j
         return
     rows = []
     for v in found:
-        verdict = v.get("verdict", {})
-        numbers = (
+        rows.append(["→" if v["serving"] else "", v["version"], v["block"] or "–", v["start"] or "–", _why(v)])
+    print_table(["", "version", "block", "start", "gate"], rows)
+
+
+def _why(version: dict[str, Any]) -> str:
+    """What the gate found, in a line."""
+    verdict = version.get("verdict", {})
+    if "damaged" in version:
+        return f"damaged: {version['damaged']}"
+    if "accuracy_serving" in verdict:
+        return (
             f"{100 * verdict['accuracy_serving']:.1f} → {100 * verdict['accuracy_candidate']:.1f} % "
             f"on {verdict['n_labels']} labels, p {verdict['p_val']:.2g}"
-            if verdict
-            else "the source model"
         )
-        rows.append(["→" if v["serving"] else "", v["version"], v["block"] or "–", v["start"] or "–", numbers])
-    print_table(["", "version", "block", "start", "gate"], rows)
+    return str(verdict.get("reason") or ("not judged yet" if version["version"] else "the source model"))
 
 
 def rollback(

@@ -297,7 +297,11 @@ class Control:
         store, case = self.store, self.treatment.case
         found: list[Reply] = [{"version": SOURCE, "block": "", "start": "", "serving": case.serving == SOURCE}]
         for number in store.numbers()[1:]:
-            manifest = msgspec.to_builtins(store.manifest(number))
+            try:
+                manifest = msgspec.to_builtins(store.manifest(number))
+            except (OSError, ValueError, msgspec.MsgspecError) as error:
+                manifest = {"version": number, "block": "", "start": "", "sha256": {}, "bundle_sha256": ""}
+                manifest["damaged"] = str(error)
             del manifest["sha256"], manifest["bundle_sha256"]
             found.append({**manifest, "serving": number == case.serving})
         return found

@@ -342,6 +342,7 @@ class Daemon:
             self._supervise(now)
             self._recalibrate()
             self.treatment.tick()
+            self.treatment.retire()
             self._refresh_metrics(now)
         except (OSError, sqlite3.Error) as error:
             if now - self._disk_failed > DISK_TOLD_S:

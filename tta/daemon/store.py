@@ -1,7 +1,7 @@
 """Versions and state on disk: written to a temporary name, synced, renamed; the manifest last."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -115,6 +115,25 @@ class Store:
         for version in self.numbers():
             if version != SOURCE and not self.accepted(version):
                 self.discard(version)
+
+    def retire(self, in_use: Collection[int], keep: int) -> list[int]:
+        """Delete old versions, and the notes on candidates that were dropped.
+
+        Args:
+            in_use: versions that stay, however old.
+            keep: of the others the newest so many stay.
+
+        Returns:
+            The numbers of those deleted.
+        """
+        folders = {int(path.name): path for path in self._versions.glob("[0-9]*")}
+        unused = sorted(set(folders) - set(in_use) - {max(folders, default=SOURCE)})  # numbers count up for ever
+        gone = unused[: max(0, len(unused) - keep)]
+        for version in gone:
+            aside = folders[version].with_name(f".tmp-{version:06d}")  # what a crash leaves of it goes at a start
+            folders[version].rename(aside)
+            shutil.rmtree(aside)
+        return gone
 
     def accepted(self, version: int) -> bool:
         """Whether the gate accepted a version; False if its manifest cannot be read."""

@@ -157,6 +157,18 @@ class Treatment:
         self._log.info("restored", state=self.cycle.state, **asdict(self.case))
         self.save()
 
+    def retire(self) -> None:
+        """Delete versions that nothing goes back to any more, but for the newest."""
+        if self.swapping or self.operation.under_way:
+            return
+        case = self.case
+        in_use = {case.serving, case.previous, case.proposal, case.proven or SOURCE, case.swap_to or SOURCE}
+        in_use |= {regime.version for regime in self.library.regimes.values()}
+        kept = self.config.library
+        gone = self.store.retire(in_use, max(kept.versions, 2 * kept.capacity))  # a rehearsal makes one a regime
+        if gone:
+            self._log.info("versions_retired", versions=gone)
+
     def save_watch(self) -> None:
         """Write where the charts and label tests stand; without it they start anew after a restart."""
         try:
