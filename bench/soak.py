@@ -2,7 +2,7 @@
 
     python -m bench.soak [--minutes 60] [--share 0.6]
 
-A daemon serves the digits; first how many requests a second it, its load and everything else can do together on the
+A daemon serves the digits; first how many requests a second it, its client and everything else can do together on the
 machine's cores (closed loop, all of them watched), then `share` of that in an open loop. The pictures change by turns
 between clean ones and twelve shifts; a twentieth of the answers is labelled. Once a shift is cured an operator rolls
 back, resets, or lets it be, by turns: a cure that was rolled back is forgotten, so that the next time it is made anew.
@@ -13,6 +13,7 @@ retention is set low enough to be reached. Writes `results/soak.{json,md,png}`.
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -31,21 +32,20 @@ from tta.client import Client, Prediction
 from tta.errors import TTAError
 from tta.packaging.digits import corrupt, digits
 from tta.scenario import DaemonProcess
-from tta.scenario.load import Load, Wire, drive
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, Any] = {
     **{"adapt.labels": 96, "adapt.retry_labels": 24, "adapt.augment": ["crop"], "adapt.epochs": 8},
     **{"monitor.window": 256, "gate.probation_s": 1.0},
     **{"labels.capacity": 4000, "library.capacity": 8, "library.images": 256, "library.versions": 16},
-    "daemon.ledger_bytes": 64 << 20,
 }
 LABEL_EVERY = 20
 SAMPLE_S = 10.0
 CLEAN_S, CURED_S = 10.0, 10.0  # seconds of clean pictures, and of a cured shift
 LIMIT_S = 75.0  # seconds a shift may take to be cured
 BY_TURNS = ("rollback", "nothing", "reset")  # what the operator does then
-MAX_UNANSWERED = 2000
+CAPACITY_S = 15.0  # seconds of the closed loop
+UNANSWERED, MAX_UNANSWERED = 64, 2000  # in the closed loop, and in the open one
 
 Json = dict[str, Any]
 Array = Any
@@ -79,15 +79,22 @@ def shifts(x: Array, y: Array) -> dict[str, tuple[Array, Array]]:
 class Traffic:
     """One client that asks at a steady rate and labels some of the answers, in the thread that calls `run`."""
 
-    def __init__(self, daemon: DaemonProcess, shown: dict[str, tuple[Array, Array]], rate: float) -> None:
-        self._daemon, self._shown, self._rate = daemon, shown, rate
+    def __init__(
+        self,
+        daemon: DaemonProcess,
+        shown: dict[str, tuple[Array, Array]],
+        rate: float,
+        unanswered: int = MAX_UNANSWERED,
+    ) -> None:
+        self._daemon, self._shown, self._rate, self._most = daemon, shown, rate, unanswered
         self.show = "clean"
         self.sent = self.answered = 0
         self.refused: Counter[str] = Counter()
         self.unanswered = 0
         self.versions: Counter[int] = Counter()
         self.latencies_s: list[float] = []  # since they were taken last
-        self.labels: deque[tuple[int, int]] = deque(maxlen=1000)
+        self.labels: deque[tuple[int, int]] = deque(maxlen=200)
+        self._random = np.random.default_rng(0)
         self.right = [0, 0]  # right, of all, since taken last
 
     def run(self, until: Callable[[], bool]) -> None:
@@ -97,9 +104,9 @@ class Traffic:
         with Client(self._daemon.endpoint, self._daemon.control, timeout_s=30.0) as client:
             while due or not until():
                 now = time.monotonic()
-                while not until() and began + self.sent / self._rate <= now and len(due) < MAX_UNANSWERED:
+                while not until() and began + self.sent / self._rate <= now and len(due) < self._most:
                     x, y = self._shown[self.show]
-                    i = self.sent % len(y)
+                    i = int(self._random.integers(len(y)))
                     due[client.submit(x[i])] = (began + self.sent / self._rate, int(y[i]))
                     self.sent += 1
                 for request, answer in client.results(0.001):
@@ -112,6 +119,7 @@ class Traffic:
     def _take(self, answer: Prediction | Exception, latency_s: float, label: int) -> None:
         if not isinstance(answer, Prediction):
             self.refused[getattr(getattr(answer, "code", None), "name", type(answer).__name__).lower()] += 1
+            print(f"refused after {latency_s:.3f} s: {answer}", file=sys.stderr, flush=True)
             return
         self.answered += 1
         self.versions[answer.version] += 1
@@ -268,10 +276,10 @@ def run(minutes: float, share: float) -> Json:
         daemon = DaemonProcess(digits_bundle(), Path(folder) / "daemon", SETTINGS)
         daemon.start()
         try:
-            full = Load(outstanding=64, duration_s=10.0, warmup_s=2.0, observe=True)
-            batches = [image[None] for image in x[:256]]
-            wire = Wire(daemon.endpoint.split(","), batches, full)
-            capacity = drive(wire, [1] * len(batches), full).report()["requests_per_s"]
+            full = Traffic(daemon, shown, float("inf"), UNANSWERED)
+            end = time.monotonic() + CAPACITY_S
+            full.run(lambda: time.monotonic() >= end)
+            capacity = full.answered / CAPACITY_S
             done = threading.Event()
             traffic = Traffic(daemon, shown, share * capacity)
             operator = Operator(daemon, traffic, [name for name in shown if name != "clean"], done)
@@ -305,6 +313,7 @@ def run(minutes: float, share: float) -> Json:
             }
         finally:
             daemon.stop()
+            shutil.copy(daemon.log_path, Path(tempfile.gettempdir()) / "tta-soak.log")
 
 
 def compared(result: Json) -> list[tuple[str, str, float, float]]:
@@ -344,7 +353,7 @@ def table(result: Json) -> list[str]:
         "",
         f"{result['date']}, commit {result['commit']}, `{result['command']}`; digits, {result['minutes']:.0f} minutes at "
         f"{result['share'] * result['capacity']:.0f} requests a second: {100 * result['share']:.0f} % of what the daemon, "
-        f"its load and everything else do together on {result['cores']} cores.",
+        f"its client and everything else do together on {result['cores']} cores.",
         "",
         "| | |",
         "| --- | --- |",
@@ -366,7 +375,9 @@ def table(result: Json) -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     for name, unit, early, late in compared(result):
-        lines.append(f"| {name}{f', {unit}' if unit else ''} | {early:.4g} | {late:.4g} | {late / early:.2f} |")
+        lines.append(
+            f"| {name}{f', {unit}' if unit else ''} | {early:.4g} | {late:.4g} | {late / early if early else 1.0:.2f} |"
+        )
     adapter = [_of(s, "adapter", "rss", 1e6) for s in result["samples"]]
     most = max((v for v in adapter if v is not None), default=float("nan"))
     return [

@@ -116,3 +116,17 @@ def test_a_regime_s_own_scatter_decides_what_is_near() -> None:
 
     assert recognise([(home, along)]) == 0
     assert recognise([(home, across)]) is None
+
+
+def test_one_odd_sample_does_not_decide_where_a_window_is() -> None:
+    """Without its farthest two, a window with two wild samples is as near as one without them."""
+    rng = np.random.default_rng(0)
+    known = fingerprint(rng.normal(size=(500, 6)), rng.integers(0, 3, 500))
+    window = rng.normal(size=(16, 6))
+    wild = window.copy()
+    wild[[3, 9]] = 60.0
+
+    assert known.distance(wild) > 5 * known.threshold
+    typical = known.without_outliers(wild, 2)
+    assert len(typical) == 14
+    assert known.distance(typical) <= known.threshold

@@ -30,6 +30,7 @@ MIN_PRINTED = 256  # samples that make a fingerprint to be kept
 MIN_SHAPE = 64  # samples that make one to see whether the traffic is still the same
 UNSURE = 48  # samples after the estimated onset that may be of before
 MOVED = 16  # samples that are compared with it
+OUTLIERS = 2  # of those, left out: where a shift has heavy tails, one sample is far from all others for four looks
 MOVED_LOOKS = 2  # in a row that must find them elsewhere
 FAR = 1.25  # times its threshold that `LONG` samples are away if not of a regime: none of 7,000 windows of its own
 MIN_CLASS_RUN = 24  # samples in which runs of a class are looked for before they are learned from
@@ -335,7 +336,8 @@ class Watch:
         assert self._shape is not None
         newest = since[-MOVED:]
         inflation = self._inflation(since)
-        moving = self._shape.distance(newest.w, inflation) > ASTRAY * self._shape.threshold
+        typical = self._shape.without_outliers(newest.w, OUTLIERS)
+        moving = self._shape.distance(typical, inflation) > ASTRAY * self._shape.threshold
         self._moving = self._moving + 1 if moving else 0
         if self._moving >= MOVED_LOOKS:
             return int(newest.sequences[0])

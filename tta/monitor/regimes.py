@@ -59,6 +59,11 @@ class Fingerprint:
         chance = WINDOW * (1 / len(window) + 1 / self.n_samples) * inflation
         return float(deviation @ deviation / len(deviation) / chance)
 
+    def without_outliers(self, window: Array, n: int) -> Array:
+        """A window (m, D) of residuals without the n samples that are farthest away: (m - n, D)."""
+        far = np.square((window - self.mean) @ self.whitening.T).sum(axis=1)
+        return window[np.sort(np.argsort(far)[: len(window) - n])]
+
 
 def fingerprint(w: Array, predictions: Array, seed: int = 0) -> Fingerprint:
     """Take a regime's fingerprint.
