@@ -38,6 +38,7 @@ from tta.daemon.labels import LabelBuffer, Labelled
 from tta.errors import ConfigError, TTAError
 from tta.images import read_image
 from tta.keys import read_key_pair, read_public_key
+from tta.signatures import SigningKey, signer_of
 from tta.versions import load_version
 
 HERE = Path(__file__).parent
@@ -47,6 +48,10 @@ INPUT_S, INPUT_MIB = 5, 1024
 MAX_LEN = 4096
 VERSION_FILES = ("manifest.json", "delta.safetensors", "probe.safetensors")
 MAX_KEPT_BYTES = 60_000  # inputs of a target, the shortest; those that ended it besides
+PEM = (  # RFC 8410, section 10.3
+    "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC\n"
+    "-----END PRIVATE KEY-----\n"
+)
 CHILD = """
 import sys, atheris
 with atheris.instrument_imports(include=["tta", "yaml", "zipfile", "json"]):
@@ -139,6 +144,16 @@ def keys(data: bytes) -> None:
     read_key_pair(path)
 
 
+def signatures(data: bytes) -> None:
+    """The file of signatures beside a manifest: nobody's that we know is among them."""
+    assert signer_of("bundle", "ab" * 32, data, {"a": base64.b64encode(bytes(range(32))).decode()}) is None
+
+
+def signing_key(data: bytes) -> None:
+    """A PEM file to sign with."""
+    SigningKey(_file("some.pem", data))
+
+
 def sealed_json(data: bytes) -> None:
     """A JSON file of the state folder."""
     read_json(_file("state.json", data))
@@ -189,7 +204,7 @@ def image(data: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     f.__name__: f
     for f in (
-        *(data_request, control_request, reply, zap, client_list, config, keys),
+        *(data_request, control_request, reply, zap, client_list, config, keys, signatures, signing_key),
         *(sealed_json, sealed_arrays, version, bundle, labels, image),
     )
 }
@@ -234,6 +249,8 @@ def examples(name: str) -> list[bytes]:
         "client_list": lambda: [b"a: {key: '" + b"0" * 40 + b"', roles: [label], images_s: 3}\n"],
         "config": lambda: [b"mode: off\nserver: {threads: 2}\nmonitor:\n  arl: 5000\n"],
         "keys": lambda: [b'curve\n    public-key = "' + b"0" * 40 + b'"\n    secret-key = "' + b"0" * 40 + b'"\n'],
+        "signatures": lambda: [base64.b64encode(bytes(64)) + b"\n", b"a" * 88 + b"\n" + b"b" * 88, b""],
+        "signing_key": lambda: [PEM.encode(), b"-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n", b""],
         "sealed_json": lambda: [_written(lambda p: write_json(p, {"a": [1, 2], "b": {"c": "d"}}))],
         "sealed_arrays": lambda: [_written(lambda p: write_arrays(p, {"a": np.arange(4.0), "b": np.zeros(2)}))],
         "version": lambda: [

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from tests.daemon.test_memory import ID, labelled
 from tta.auth import Clients
-from tta.daemon.gate import carried_by, judge, without_each
+from tta.config import GateConfig
+from tta.daemon.gate import carried_by, compare_rates, judge, without_each
 from tta.daemon.labellers import Labellers, PairedTests, disagreeing
 from tta.daemon.labels import LabelBuffer, Labelled
+from tta.daemon.rehearsals import Hearing, gains, verdict_of
 
 THREE = Labellers(0.5, frozenset("abco"), frozenset("abc"), frozenset("o"))  # o is an admin
 ALL = replace(THREE, share=1.0)
@@ -322,3 +324,38 @@ def test_nobody_is_named_by_chance() -> None:
         named += bool(disagreeing({c: (n, int(rng.binomial(n, 0.2))) for c in "abcdef" for n in (40,)}))
 
     assert named <= 6
+
+
+def test_feedback_of_one_client_alone_neither_condemns_nor_confirms() -> None:
+    """What three clients call wrong more often is worse; what only one calls so, however often, is not."""
+    three = [((40, 20), (40, 4))] * 3  # without each of them, the others see the same
+    p_worse, p_better = compare_rates((60, 30), (60, 6), three)
+    assert p_worse < 1e-4 < p_better
+    p_worse, p_better = compare_rates((60, 6), (60, 30), [(old, new) for new, old in three])
+    assert p_better < 1e-4 < p_worse
+
+    flooded = [((40, 4), (40, 4)), ((400, 300), (400, 40)), ((400, 300), (400, 40))]
+    assert compare_rates((440, 304), (440, 44), flooded) == (1.0, 1.0)
+    assert compare_rates((440, 44), (440, 304), [(old, new) for new, old in flooded]) == (1.0, 1.0)
+    assert compare_rates((440, 304), (440, 44), [])[0] < 1e-9
+
+
+def heard(of_a: tuple[int, int], of_b: tuple[int, int]) -> Hearing:
+    """Twenty labels of each client; of the present version and of the candidate so many are right."""
+    serving, candidate = ([i < n for n in pair for i in range(20)] for pair in zip(of_a, of_b, strict=True))
+    return Hearing([0] * 40, candidate, serving, serving, ["a"] * 20 + ["b"] * 20, chosen=False)
+
+
+def test_no_client_replaces_versions_in_a_rehearsal_alone() -> None:
+    """Candidates that both clients see gain serve; those only one sees gain do not, with or without proof."""
+    honest, poisoned = heard((8, 16), (8, 16)), heard((0, 20), (16, 8))
+    both = frozenset("ab")
+    config = GateConfig()
+
+    for proof in (True, False):
+        assert verdict_of([honest, honest], both, config, proof)[1]
+        assert not verdict_of([poisoned, poisoned], both, config, proof)[1]
+        assert verdict_of([poisoned, poisoned], frozenset(), config, proof)[1]
+    assert gains(honest, both)
+    assert not gains(poisoned, both)
+    assert gains(poisoned, frozenset())

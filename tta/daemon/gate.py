@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from tta.monitor.accuracy import binomial_tail, paired_p_value
+from tta.monitor.accuracy import binomial_tail, more_errors_p_value, paired_p_value
 
 MAX_LABELS = 4096
 OTHERS_ALPHA = 0.1  # chance that a candidate which is no better looks better without one client's labels
+Rate = tuple[int, int]  # answers that were called right or wrong, and wrong
 CLASS_ALPHA = 0.05  # a class's fall must be more than chance to count, at this level
 
 
@@ -136,6 +137,31 @@ def without_each(
             reason = f"by the labels of all but client {client!r}: {others.reason}"
             verdict = replace(verdict, outcome=others.outcome, reason=reason, labels_needed=needed)
     return verdict
+
+
+def compare_rates(new: Rate, old: Rate, without: Iterable[Sequence[Rate]]) -> tuple[float, float]:
+    """Is one version called wrong more often than another, or less, each on its own images?
+
+    Args:
+        new: of the one, how many answers were called right or wrong, and how many wrong.
+        old: the same of the other.
+        without: the same of both by everybody but one client, for each that has to be left out: nobody condemns a
+            version, or confirms it, alone.
+
+    Returns:
+        p-values of "more often" and of "less often"; 1.0 where the rest do not say so too (`OTHERS_ALPHA`).
+    """
+    p_worse, p_better = _more_wrong(new, old), _more_wrong(old, new)
+    for rest, rest_old in without:
+        if _more_wrong(rest, rest_old) > OTHERS_ALPHA:
+            p_worse = 1.0
+        if _more_wrong(rest_old, rest) > OTHERS_ALPHA:
+            p_better = 1.0
+    return p_worse, p_better
+
+
+def _more_wrong(one: Rate, other: Rate) -> float:
+    return more_errors_p_value(one[1], one[0], other[1], other[0])
 
 
 def carried_by(

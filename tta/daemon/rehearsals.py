@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from tta.config import Config
+from tta.config import Config, GateConfig
 from tta.daemon import gate
 from tta.daemon.files import read_json, write_atomically, write_json
 from tta.daemon.labels import LabelBuffer
@@ -33,8 +33,8 @@ MIN_GATE_LABELS = 8  # of a regime, for its version to be replaced
 GROWTH = 1.5  # times the images seen at the last rehearsal, and it is time for the next
 
 
-@dataclass
-class _Hearing:
+@dataclass(frozen=True)
+class Hearing:
     """Correctness on a regime's gate labels."""
 
     classes: list[int]
@@ -122,7 +122,7 @@ class Rehearsals:
         self.operation.rehearsed = self._weights if usable else None
         write_json(self._notes, {"n_images": self._n_images, "usable": usable})
 
-    def _hear(self, versions: dict[int, int], waiting: list[int], heard: dict[int, _Hearing]) -> None:
+    def _hear(self, versions: dict[int, int], waiting: list[int], heard: dict[int, Hearing]) -> None:
         """Run candidate, present version and source of one regime after the other on its gate labels."""
         while waiting:
             number = waiting.pop()
@@ -142,7 +142,7 @@ class Rehearsals:
             ) -> None:
                 if outputs is not None:
                     right = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
-                    heard[number] = _Hearing(y.tolist(), right[0], right[1], right[2], gave, chosen)
+                    heard[number] = Hearing(y.tolist(), right[0], right[1], right[2], gave, chosen)
                 self._hear(versions, waiting, heard)
 
             self.shadow.ask(trio, x, then)
@@ -152,38 +152,21 @@ class Rehearsals:
     def _is_chosen(self, version: int) -> bool:
         return version != SOURCE and "n_labels" in self.store.manifest(version).verdict
 
-    def _verdict(self, heard: Iterable[_Hearing]) -> tuple[gate.Verdict, bool]:
-        """On several regimes, and whether it lets the candidates serve. Two of them at most share the bound."""
-        every = list(heard)
-        candidate, serving, source, classes, clients = (
-            [each for hearing in every for each in getattr(hearing, name)]
-            for name in ("candidate", "serving", "source", "classes", "clients")
-        )
-        g = self.config.gate
-        verdict = gate.judge(candidate, serving, source, None, g.alpha / 2, classes, g.max_class_drop)
-        limited = self.labels.labellers().limited
-        verdict = gate.without_each(
-            verdict, candidate, serving, source, clients, limited, classes, g.max_class_drop
-        )
-        alone = gate.carried_by(candidate, (serving, source), clients, limited)
-        unproven = not gate.behind(candidate, serving) and sum(candidate) >= sum(source) and len(candidate) > 0
-        unproven &= alone is None
-        return verdict, verdict.outcome == "accepted" or (self.config.adapt.label_free != "off" and unproven)
-
-    def _judge(self, versions: dict[int, int], every: dict[int, _Hearing]) -> None:
+    def _judge(self, versions: dict[int, int], every: dict[int, Hearing]) -> None:
         self._judging = False
-        heard = every
-        verdict, serves = self._verdict(every.values())
+        heard, limited = every, self.labels.labellers().limited
+        proof = self.config.adapt.label_free == "off"
+        verdict, serves = verdict_of(every.values(), limited, self.config.gate, proof)
         if not serves:
             fresh = {number: hearing for number, hearing in every.items() if not hearing.chosen}
-            second, serves = self._verdict(fresh.values())
+            second, serves = verdict_of(fresh.values(), limited, self.config.gate, proof)
             heard, verdict = (fresh, second) if serves else (every, verdict)
         self.operation.metrics.adaptations.labels(SCALES, verdict.outcome).inc()
         self._note(usable=serves or verdict.outcome != "rejected")
         replaced: dict[str, int] = {}
         for number, version in versions.items():
             own = heard.get(number)
-            if own is None or number not in self.library.regimes or not serves or not self._gains(own):
+            if own is None or number not in self.library.regimes or not serves or not gains(own, limited):
                 self.store.discard(version)
                 continue
             self.store.amend(
@@ -194,9 +177,33 @@ class Rehearsals:
             replaced[str(number)] = version
         self._record("rehearsed", regimes_served=replaced, regimes_judged=sorted(heard), **verdict.fields())
 
-    def _gains(self, own: _Hearing) -> bool:
-        """Whether a regime's own labels, also those of all but one client, do not speak against its candidate."""
-        others, limited = (own.serving, own.source), self.labels.labellers().limited
-        if gate.carried_by(own.candidate, others, own.clients, limited) is not None:
-            return False
-        return not gate.behind(own.candidate, own.serving) and sum(own.candidate) >= sum(own.source)
+
+def verdict_of(
+    heard: Iterable[Hearing], limited: Iterable[str], config: GateConfig, proof: bool
+) -> tuple[gate.Verdict, bool]:
+    """On the candidates of several regimes together, and whether it lets them serve.
+
+    Args:
+        heard: of each regime.
+        limited: clients whose labels must not decide alone.
+        config: two verdicts at most share its bound.
+        proof: whether candidates have to be proven better; without, it is enough that they are not behind.
+    """
+    every = list(heard)
+    candidate, serving, source, classes, clients = (
+        [each for hearing in every for each in getattr(hearing, name)]
+        for name in ("candidate", "serving", "source", "classes", "clients")
+    )
+    verdict = gate.judge(candidate, serving, source, None, config.alpha / 2, classes, config.max_class_drop)
+    guard = (classes, config.max_class_drop)
+    verdict = gate.without_each(verdict, candidate, serving, source, clients, limited, *guard)
+    alone = gate.carried_by(candidate, (serving, source), clients, limited)
+    unproven = not gate.behind(candidate, serving) and sum(candidate) >= sum(source) and len(candidate) > 0
+    return verdict, verdict.outcome == "accepted" or (not proof and unproven and alone is None)
+
+
+def gains(own: Hearing, limited: Iterable[str]) -> bool:
+    """Whether a regime's own labels, also those of all but one client, do not speak against its candidate."""
+    if gate.carried_by(own.candidate, (own.serving, own.source), own.clients, limited) is not None:
+        return False
+    return not gate.behind(own.candidate, own.serving) and sum(own.candidate) >= sum(own.source)

@@ -29,7 +29,7 @@ from tta.daemon.servers import Servers
 from tta.daemon.store import Store
 from tta.daemon.watch import Finding, Watch
 from tta.errors import NotFoundError
-from tta.monitor.accuracy import binomial_tail, more_errors_p_value
+from tta.monitor.accuracy import binomial_tail
 from tta.monitor.diagnosis import Diagnosis
 from tta.monitor.regimes import LOOKS, WINDOW, Fingerprint
 from tta.versions import SOURCE
@@ -559,16 +559,12 @@ class Treatment:
         self._rates_at, self._rate_looks = 2 * new[0], self._rate_looks + 1
         spent = 0.5**self._rate_looks  # all looks together spend no more than the whole
         evidence = {"answers": new[0], "wrong": new[1], "previous_answers": old[0], "previous_wrong": old[1]}
-        p_worse = more_errors_p_value(new[1], new[0], old[1], old[0])
-        p_better = more_errors_p_value(old[1], old[0], new[1], new[0])
-        for client in self.labels.labellers().limited:  # nobody confirms, or condemns, alone
-            rest, rest_old = (
-                self.labels.outcomes(self.case.onset, v, client) for v in (self.case.serving, self._rival())
-            )
-            if more_errors_p_value(rest_old[1], rest_old[0], rest[1], rest[0]) > gate.OTHERS_ALPHA:
-                p_better = 1.0
-            if more_errors_p_value(rest[1], rest[0], rest_old[1], rest_old[0]) > gate.OTHERS_ALPHA:
-                p_worse = 1.0
+        onset, versions = self.case.onset, (self.case.serving, self._rival())
+        without = [
+            tuple(self.labels.outcomes(onset, version, client) for version in versions)
+            for client in self.labels.labellers().limited
+        ]
+        p_worse, p_better = gate.compare_rates(new, old, without)
         if p_worse <= spent * self.config.gate.rollback_alpha:
             self.happen(Event.DISAGREED, p_val=round(p_worse, 6), **evidence)
         elif self._relieved() and p_better <= spent * self.config.gate.alpha and self.watch.knows_shift():
