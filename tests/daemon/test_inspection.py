@@ -21,6 +21,7 @@ FILES = (
     "library.json",
     "regimes/000001.safetensors",
     "rehearsed.json",
+    "rehearsed.safetensors",
     "state.json",
     "versions/000001/delta.safetensors",
     "watch.safetensors",
@@ -43,6 +44,7 @@ def state(tmp_path: Path) -> Path:
         write_json(root / name, {"regimes": [], "n_images": 0})
     for name in ("calibrations", "regimes"):
         (root / name).mkdir()
+    write_arrays(root / "rehearsed.safetensors", {"x": np.arange(9.0, dtype=np.float32)})
     write_arrays(root / "calibrations" / "a.safetensors", {"x": np.arange(9.0)})
     write_arrays(root / "regimes" / "000001.safetensors", {"x": np.arange(9.0)})
     return root

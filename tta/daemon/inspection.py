@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.numpy import load
-
 from tta.daemon.files import read_arrays, read_json, set_aside
 from tta.daemon.labels import check_labels, salvage
 from tta.daemon.store import lock
@@ -22,6 +19,7 @@ SEALED = {  # by name or pattern: what is lost with it
     "state.json": "the newest version that verifies serves, and what was under way is forgotten",
     "library.json": "known regimes are learned again",
     "rehearsed.json": "the next rehearsal begins anew",
+    "rehearsed.safetensors": "what regimes have learned from one another is no start until the next rehearsal",
     "watch.safetensors": "the charts start anew",
     "calibrations/*.safetensors": "thresholds are computed again",
     "regimes/*.safetensors": "this regime, or its images, is learned again",
@@ -72,8 +70,6 @@ def _every(root: Path, repair: bool, signers: Mapping[str, str] | None) -> Itera
         read = read_json if pattern.endswith(".json") else read_arrays
         for path in sorted(root.glob(pattern)):
             yield _checked(path, read, consequence, repair)
-    for path in sorted(root.glob("rehearsed.safetensors")):
-        yield _checked(path, lambda p: load(p.read_bytes()), SEALED["rehearsed.json"], repair)
     for path in sorted(root.glob("versions/[0-9]*/delta.safetensors")):
         consequence = f"version {int(path.parent.name)} cannot serve, and its regime is forgotten"
         yield _checked(path, lambda p: load_version(p.parent, signers), consequence, repair)
@@ -83,7 +79,7 @@ def _every(root: Path, repair: bool, signers: Mapping[str, str] | None) -> Itera
 def _checked(path: Path, read: Callable[[Path], object], consequence: str, repair: bool) -> Finding:
     try:
         read(path)
-    except (DamagedError, DeltaError, SafetensorError, OSError) as error:
+    except (DamagedError, DeltaError, OSError) as error:
         repaired = f"kept as {set_aside(path).name}" if repair else ""
         return Finding(str(path), str(error), consequence, repaired)
     return Finding(str(path))

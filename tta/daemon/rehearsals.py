@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from tta.config import Config, GateConfig
 from tta.daemon import gate
-from tta.daemon.files import read_json, write_atomically, write_json
+from tta.daemon.files import read_arrays, read_json, write_arrays, write_json
 from tta.daemon.labels import LabelBuffer
 from tta.daemon.library import HOME, Library, Regime
 from tta.daemon.links import Outputs, ShadowLink
@@ -76,8 +75,8 @@ class Rehearsals:
         try:
             notes = read_json(self._notes)
             self._n_images = int(notes.get("n_images", 0))
-            usable = bool(notes.get("usable") and load(self._weights.read_bytes()))
-        except (DamagedError, OSError, SafetensorError):
+            usable = bool(notes.get("usable") and read_arrays(self._weights))
+        except DamagedError:
             usable = False  # none yet, or damaged: the next one will write both files
         self.operation.rehearsed = self._weights if usable else None
 
@@ -112,7 +111,7 @@ class Rehearsals:
             if not versions:
                 self._note(usable=self.operation.rehearsed is not None)
                 return
-            write_atomically(self._weights, learned)
+            write_arrays(self._weights, load(learned))
             self._judging = True
             self._hear(versions, list(versions), {})
 
