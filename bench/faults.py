@@ -284,9 +284,10 @@ class Bench:
 
     def _damage_version(self) -> None:
         """The newest, which often is the one that serves."""
-        if not self.promoted():
+        whole = self.promoted() - {int(path.name) for path in self.copies.glob("*")}
+        if not whole:
             return
-        folder = self.state / "versions" / f"{max(self.promoted()):06d}"
+        folder = self.state / "versions" / f"{max(whole):06d}"
         shutil.copytree(folder, self.copies / folder.name)
         self._damage([folder / "delta.safetensors", folder / "manifest.json"])
 
@@ -398,7 +399,10 @@ class Bench:
         """Versions the gate has accepted, with their weights."""
         found = set()
         for path in (self.state / "versions").glob("*/manifest.json"):
-            manifest = msgspec.json.decode(path.read_bytes(), type=VersionManifest)
+            try:
+                manifest = msgspec.json.decode(path.read_bytes(), type=VersionManifest)
+            except (msgspec.MsgspecError, UnicodeDecodeError):  # one that we have damaged
+                continue
             if manifest.verdict.get("outcome") == "accepted" and (path.parent / "delta.safetensors").exists():
                 found.add(manifest.version)
         return found
