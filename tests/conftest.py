@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tta.bundle import Bundle, load_bundle
+from tta.keys import Credentials
 from tta.packaging import Recipe, package
 from tta.packaging.digits import IMAGE_SHAPE, KWARGS, SOURCE, digits, train
 from tta.scenario import DaemonProcess
@@ -60,9 +61,11 @@ def start_daemon(bundle_path: Path, tmp_path: Path) -> Iterator[Callable[..., Da
     """Start daemons that are stopped when the test ends: `start_daemon(**{"server.threads": 1})`."""
     running: list[DaemonProcess] = []
 
-    def start(bundle: Path = bundle_path, n_servers: int = 1, **settings: Any) -> DaemonProcess:
+    def start(
+        bundle: Path = bundle_path, n_servers: int = 1, credentials: Credentials | None = None, **settings: Any
+    ) -> DaemonProcess:
         folder = tmp_path / f"daemon{len(running)}"
-        daemon = DaemonProcess(bundle, folder, {**DEMO_SETTINGS, **settings}, n_servers)
+        daemon = DaemonProcess(bundle, folder, {**DEMO_SETTINGS, **settings}, n_servers, credentials)
         daemon.start()
         running.append(daemon)
         return daemon
