@@ -35,14 +35,15 @@ from tta.scenario import DaemonProcess
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, Any] = {
-    **{"adapt.labels": 96, "adapt.retry_labels": 24, "adapt.augment": ["crop"], "adapt.epochs": 8},
+    **{"adapt.labels": 96, "adapt.retry_labels": 24, "adapt.augment": ["crop"], "adapt.epochs": 4},
+    "adapt.window": 512,
     **{"monitor.window": 256, "gate.probation_s": 1.0},
     **{"labels.capacity": 4000, "library.capacity": 8, "library.images": 256, "library.versions": 16},
 }
 LABEL_EVERY = 20
 SAMPLE_S = 10.0
 CLEAN_S, CURED_S = 10.0, 10.0  # seconds of clean pictures, and of a cured shift
-LIMIT_S = 75.0  # seconds a shift may take to be cured
+LIMIT_S = 120.0  # seconds a shift may take to be cured
 BY_TURNS = ("rollback", "nothing", "reset")  # what the operator does then
 CAPACITY_S = 15.0  # seconds of the closed loop
 UNANSWERED, MAX_UNANSWERED = 64, 2000  # in the closed loop, and in the open one

@@ -209,6 +209,24 @@ def test_a_slow_endpoint_is_not_silent() -> None:
     assert places(requests.advance(4.5)) == [0]
 
 
+def test_an_answer_that_others_have_overtaken_is_asked_for_again() -> None:
+    """Answers come in order: one without, while later requests are answered, goes again when it is due."""
+    requests = one(retry_s=2.5)
+    add(requests, 1)
+    requests.advance(0.0)
+    add(requests, 2)
+    requests.advance(0.1)
+    requests.receive(0, ok(2), 0.2)
+    assert requests.advance(2.4) == []
+    add(requests, 3)
+    requests.advance(2.4)
+    requests.receive(0, ok(3), 2.45)
+
+    assert [send.request_id for send in requests.advance(2.6)] == [1]
+    requests.receive(0, ok(1), 2.7)
+    assert sorted(requests.finished) == [1, 2, 3]
+
+
 def test_only_the_endpoint_that_has_a_request_may_refuse_it() -> None:
     """A late refusal of one it has left changes nothing; a late answer of it is an answer."""
     requests = Outstanding(2, "me", None, 2.5, lambda: DeadlineError("no answer"))

@@ -58,6 +58,7 @@ class _Endpoint:
     connects_at: float = 0.0  # without a connection: when to try again
     unsent_s: float = UNSENT_S
     shut: str = ""  # why it does not let us in
+    answered: float = float("-inf")  # when the newest request was sent that it has answered
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,8 @@ class Outstanding:
             return
         error = protocol.reply_error(header)
         if error is None:
+            if entry.endpoint == endpoint:
+                place.answered = max(place.answered, entry.sent)
             self._finish(entry, (header, tensors))
         elif entry.endpoint != endpoint:
             return  # it has left: another endpoint decides
@@ -315,9 +318,10 @@ class Outstanding:
         place = self._endpoints[entry.endpoint]
         if self._retry_s is None or now >= entry.deadline:
             return
-        if place.heard > entry.sent and now - place.heard < self._retry_s:
+        overtaken = place.answered > entry.sent  # answers come in order: this one's was lost
+        if place.heard > entry.sent and now - place.heard < self._retry_s and not overtaken:
             self._due(entry, place.heard + self._retry_s)  # it is slow, not silent
-        elif self._alone:
+        elif self._alone or overtaken:
             self._again.append(entry)
             self._due(entry, now + self._retry_s)
         else:

@@ -224,6 +224,37 @@ def test_a_client_that_does_not_read_is_counted_and_hurts_nobody(
             assert client.predict(stream[0][:1]).logits.shape == (1, 10)
 
 
+def test_replies_wait_for_a_client_that_is_slow_to_read(options: ServerOptions, tmp_path: Path) -> None:
+    """Of 5,000 questions asked before the first answer is read, far more than a socket holds, all are answered."""
+    other = tmp_path / "slow"
+    other.mkdir()
+    endpoint = f"ipc://{other}/data.ipc"
+    server = launch(msgspec.structs.replace(options, endpoint=endpoint, admin=f"ipc://{other}/admin.ipc"), other)
+    try:
+        with (
+            zmq.Context() as context,
+            context.socket(zmq.DEALER) as slow,
+            Client(endpoint, timeout_s=60) as client,
+        ):
+            slow.setsockopt(zmq.LINGER, 0)
+            slow.setsockopt(zmq.RCVHWM, 1)
+            slow.setsockopt(zmq.SNDHWM, 0)
+            slow.connect(endpoint)
+            for i in range(5000):
+                slow.send_multipart(protocol.encode(protocol.Metadata(id=i)))
+            for _ in range(20):
+                assert client.ready()
+            answered = []
+            while len(answered) < 5000:
+                assert slow.poll(20_000), f"{len(answered)} answers"
+                answered.append(protocol.decode_reply(slow.recv_multipart())[0]["id"])
+    finally:
+        server.terminate()
+        server.wait(30)
+
+    assert answered == list(range(5000))
+
+
 def test_the_observation_queue_never_blocks_predictions(
     server: subprocess.Popen, options: ServerOptions, stream: tuple
 ) -> None:

@@ -12,6 +12,7 @@ from tta.commands import (
     bench,
     check,
     demo,
+    export,
     keygen,
     label,
     operate,
@@ -30,7 +31,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (demo, package, check, serve, predict, label, ask, status, versions, operate, bench, keygen, sign):
+for module in (
+    demo,
+    package,
+    check,
+    serve,
+    predict,
+    label,
+    ask,
+    status,
+    versions,
+    operate,
+    bench,
+    keygen,
+    sign,
+    export,
+):
     module.register(app)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -89,6 +91,18 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             f"checkpoint {path} does not fit the model: {'; '.join(parts)}: check SOURCE and --kwargs"
         )
     model.load_state_dict(state, strict=False)
+
+
+def save_checkpoint(weights: Mapping[str, npt.NDArray[Any]], path: Path) -> None:
+    """Write a state_dict as PyTorch does.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        torch.save({name: torch.from_numpy(np.array(array)) for name, array in weights.items()}, path)
+    except RuntimeError as error:  # torch's own writer
+        raise OSError(str(error)) from error
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:

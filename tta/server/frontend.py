@@ -10,7 +10,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from select import select
 from typing import Any
 
@@ -30,6 +30,8 @@ from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, Serv
 from tta.server.repeats import Repeats
 
 POLL_MS = 100  # how late a signal is noticed
+LATE_MS = 10  # between two attempts to send replies that were not taken
+LATE_BYTES, ALL_LATE_BYTES = 4 << 20, 64 << 20  # of such replies of a client, and of all; the oldest are dropped
 BACKLOG_S = 0.002  # between two readings while a batch or more is queued anyway
 # pyzmq's send_multipart costs 11 us for three frames, these 2; receiving 7 and 5 (measured).
 _SEND, _RECEIVE, _GET = zmq.backend.Socket.send, zmq.backend.Socket.recv, zmq.backend.Socket.get
@@ -66,6 +68,14 @@ class Failed:
 
     requests: Sequence[Pending]
     error: BaseException | None = None
+
+
+@dataclass
+class _Late:
+    """Replies that a client's socket has not taken, the oldest first."""
+
+    replies: deque[list[bytes]] = field(default_factory=deque)
+    n_bytes: int = 0
 
 
 class Histogram:
@@ -163,6 +173,8 @@ class Frontend:
         self._admin_socket.setsockopt(zmq.LINGER, 1000)
         self._admin_socket.bind(options.admin)
         self._repeats = Repeats()
+        self._late: dict[bytes, _Late] = {}  # by client
+        self._late_at = 0.0  # monotonic seconds, when they are tried again
         self._finished: deque[Computed | Failed] = deque()  # from the inference thread
         self._admin_replies: deque[list[bytes]] = deque()  # from the builder thread
         self._wake, self._waker = os.pipe()
@@ -180,7 +192,10 @@ class Frontend:
             # Nobody is served sooner by being read at once, and waking for every message takes twice the time of
             # reading them together: time of the model's, where cores are few.
             select((self._wake,), (), (), BACKLOG_S)
-        ready = dict(self._poller.poll(POLL_MS))
+        ready = dict(self._poller.poll(LATE_MS if self._late else POLL_MS))
+        if self._late and time.monotonic() >= self._late_at:
+            self._late_at = time.monotonic() + LATE_MS / 1000
+            self._send_late()
         if self._doorkeeper is not None:
             for _ in range(self._doorkeeper.attend()):
                 count(self.statistics.rejected, Code.UNAUTHENTICATED)
@@ -208,6 +223,7 @@ class Frontend:
     def close(self) -> None:
         """Send what is queued (up to a second) and close."""
         self._deliver()
+        self._send_late()
         for socket in (self._data, self._admin_socket):
             socket.close()
         if self._doorkeeper is not None:
@@ -377,10 +393,39 @@ class Frontend:
         self._admin(command, respond)
 
     def _send(self, frames: list[bytes]) -> None:
-        try:
-            send(self._data, frames)
-        except zmq.ZMQError:  # EAGAIN: the client does not read; EHOSTUNREACH: it is gone
+        """Send a reply; what the client's full socket does not take now waits until it does, within bounds."""
+        late = self._late.get(frames[0]) if self._late else None
+        if late is None:
+            try:
+                send(self._data, frames)
+                return
+            except zmq.Again:
+                late = self._late[frames[0]] = _Late()
+            except zmq.ZMQError:  # EHOSTUNREACH: the client is gone
+                self.statistics.undeliverable += 1
+                return
+        late.replies.append(frames)
+        late.n_bytes += sum(map(len, frames))
+        most = min(LATE_BYTES, late.n_bytes + ALL_LATE_BYTES - sum(each.n_bytes for each in self._late.values()))
+        while late.replies and late.n_bytes > most:
+            late.n_bytes -= sum(map(len, late.replies.popleft()))
             self.statistics.undeliverable += 1
+
+    def _send_late(self) -> None:
+        """Send what clients did not take before, to each until it takes no more."""
+        for identity, late in list(self._late.items()):
+            while late.replies:
+                try:
+                    send(self._data, late.replies[0])
+                except zmq.Again:
+                    break
+                except zmq.ZMQError:
+                    self.statistics.undeliverable += len(late.replies)
+                    late.replies.clear()
+                    break
+                late.n_bytes -= sum(map(len, late.replies.popleft()))
+            if not late.replies:
+                del self._late[identity]
 
 
 def count(totals: dict[str, int], code: Code) -> None:

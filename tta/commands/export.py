@@ -1,0 +1,71 @@
+"""`tta export`: a version's weights as a checkpoint that PyTorch loads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tta.commands.output import Json, print_json
+from tta.errors import ConfigError, DeltaError, NotFoundError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("export")(export)
+
+
+def export(
+    bundle: Annotated[Path, typer.Argument(help="The bundle that the version was made for.")],
+    version: Annotated[int, typer.Argument(min=0, help="Number of the version; 0 is the source.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write: .safetensors, .pth or .pt.")],
+    state: Annotated[Path, typer.Option("--state", help="The daemon's state folder.")] = Path("tta-state"),
+    as_json: Json = False,
+) -> None:
+    """Write a version's weights, all of them, under the model's own state_dict names.
+
+    The file is what `tta package --checkpoint` takes, and `model.load_state_dict(..., strict=False)`: counters of
+    batches are not in it. The daemon may run meanwhile.
+    """
+    import numpy as np
+
+    from tta.bundle import check_delta, load_bundle
+    from tta.versions import SOURCE, load_version
+
+    if out.suffix not in SUFFIXES:
+        raise ConfigError(f"--out {out}: write a name that ends in {', '.join(SUFFIXES)}")
+    loaded = load_bundle(bundle)
+    delta: Mapping[str, npt.NDArray[Any]] = {}
+    if version != SOURCE:
+        folder = state / "versions" / f"{version:06d}"
+        if not (folder / "delta.safetensors").is_file():
+            have = sorted(int(p.parent.name) for p in state.glob("versions/[0-9]*/delta.safetensors"))
+            raise NotFoundError(
+                f"no version {version} in {state}: there are {', '.join(map(str, [SOURCE, *have]))}"
+            )
+        manifest, delta, _ = load_version(folder)
+        if manifest.bundle_sha256 != loaded.sha256:
+            raise DeltaError(f"version in {folder} was made for another bundle than {bundle}")
+        check_delta(loaded, delta)
+    weights = {name: np.ascontiguousarray(delta.get(name, array)) for name, array in loaded.weights.items()}
+    try:
+        if out.suffix == ".safetensors":
+            from safetensors.numpy import save
+
+            out.write_bytes(save(weights))
+        else:
+            from tta.packaging.source import save_checkpoint
+
+            save_checkpoint(weights, out)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror or error}") from error
+    found = {"out": str(out), "version": version, "tensors": len(weights), "changed": len(delta)}
+    if as_json:
+        print_json(found)
+    else:
+        print(f"{out}: {len(weights)} tensors of version {version}, {len(delta)} of them not the source's")
