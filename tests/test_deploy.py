@@ -10,6 +10,7 @@ import yaml
 from prometheus_client import generate_latest
 
 from tta.bundle import Bundle
+from tta.commands import app
 from tta.config import known_keys, load_config
 from tta.daemon.metrics import Metrics
 from tta.errors import ConfigError
@@ -129,6 +130,20 @@ def test_scenario_configurations_hold_only_known_settings() -> None:
     with pytest.raises(ConfigError, match=r"docker.yaml: daemon.control .* lets other machines in"):
         load_config(ROOT / "configs" / "docker.yaml")
     assert "adapt.labels" in known_keys()
+
+
+def test_every_alert_says_what_to_do() -> None:
+    """The operator's page has a section for each alert and no other, and names commands and settings there are."""
+    page = (DEPLOY / "README.md").read_text()
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text())
+    alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"]]
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None}
+
+    assert [h for h in re.findall(r"^## (\w+)$", page, re.MULTILINE) if h.startswith("Tta")] == alerts
+    assert set(re.findall(r"`tta (\w+)", page)) <= commands
+    settings = re.findall(r"`((?:adapt|daemon|server|security)\.\w+)", page)
+    assert len(settings) > 5
+    assert set(settings) <= set(known_keys())
 
 
 def test_compose_points_at_files_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ from tta.monitor.reference import Reference
 from tta.monitor.stickiness import Stickiness
 from tta.process import become_worker
 
-COMPUTE_S = 120.0  # seconds a calibration may take
+COMPUTE_S = 120.0  # seconds that alarms wait for thresholds
+LONGEST_S = 1800.0  # seconds a calibration may take
 
 
 class Calibrations:
@@ -43,7 +44,8 @@ class Calibrations:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted: Stickiness | None = None
-        self._until = 0.0  # monotonic seconds the process may run
+        self._began = 0.0  # monotonic seconds
+        self._told = False  # that it takes long
         root.mkdir(exist_ok=True)
 
     def kept(self, stickiness: Stickiness) -> Calibration | None:
@@ -91,17 +93,25 @@ class Calibrations:
         except OSError as error:  # `poll` finds no thresholds
             self._log.error("calibration_not_started", error=str(error))
             return
-        self._until = time.monotonic() + COMPUTE_S
+        self._began, self._told = time.monotonic(), False
         self._log.info("calibration_started", pid=self._process.pid, arl=self.arl, **vars(stickiness))
 
     def poll(self) -> tuple[Stickiness, Calibration | None] | None:
-        """What was requested, once it is there; None in place of thresholds that could not be computed."""
+        """What was requested, once it is there; None in place of thresholds that could not be computed.
+
+        Also None once for those that take long, as on a machine that is busy: they may come later.
+        """
         if self._wanted is None:
             return None
         if self._process is not None and self._process.poll() is None:
-            if time.monotonic() < self._until:
+            age_s = time.monotonic() - self._began
+            if age_s < COMPUTE_S or (self._told and age_s < LONGEST_S):
                 return None
-            self.close()  # starved or stuck: alarms must not wait for ever
+            if not self._told:  # alarms must not wait for ever
+                self._told = True
+                self._log.warning("calibration_slow", seconds=round(age_s), **vars(self._wanted))
+                return self._wanted, None
+            self.close()
         status, self._process = self._process.returncode if self._process else 0, None
         wanted, self._wanted = self._wanted, None
         found = self.kept(wanted)
