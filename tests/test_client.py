@@ -1,6 +1,7 @@
 """Both clients against a real daemon."""
 
 import asyncio
+import signal
 from collections.abc import Callable
 
 import msgspec
@@ -182,3 +183,17 @@ def test_an_address_that_is_none_says_how_to_write_one() -> None:
         client.predict(np.zeros((1, 4, 4, 3), np.uint8))
     with Client() as client, pytest.raises(InputError, match="uint8"):
         client.predict([[1]])
+
+
+def test_a_daemon_that_falls_silent_is_a_deadline_error(daemon: DaemonProcess) -> None:
+    """A command that a stopped daemon does not answer ends in time with an error that says so."""
+    assert daemon.process is not None
+    with daemon.client(3.0) as client:
+        assert client.status()["state"] == "stable"
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(DeadlineError, match="no answer"):
+                client.status()
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+        assert client.status()["state"] == "stable"

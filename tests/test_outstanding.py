@@ -227,6 +227,24 @@ def test_an_answer_that_others_have_overtaken_is_asked_for_again() -> None:
     assert sorted(requests.finished) == [1, 2, 3]
 
 
+def test_what_a_silent_endpoint_has_goes_to_another_though_it_was_overtaken() -> None:
+    """An endpoint that has answered something later and then says nothing more is left like any other."""
+    requests = Outstanding(2, "me", 64, 2.5, lambda: DeadlineError("no answer"))
+    for endpoint in (0, 1):
+        requests.receive(endpoint, ready(), 0.0)
+    add(requests, 1)
+    first = places(requests.advance(0.0))[0]
+    add(requests, 2)
+    add(requests, 3)
+    sends = {send.request_id: send.endpoint for send in requests.advance(0.1)}
+    for number, endpoint in sends.items():
+        assert number is not None
+        requests.receive(endpoint, ok(number), 0.2 if endpoint == first else 2.9)
+
+    moved = [s for s in requests.advance(3.0) if s.request_id == 1]
+    assert [s.endpoint for s in moved] == [1 - first]
+
+
 def test_only_the_endpoint_that_has_a_request_may_refuse_it() -> None:
     """A late refusal of one it has left changes nothing; a late answer of it is an answer."""
     requests = Outstanding(2, "me", None, 2.5, lambda: DeadlineError("no answer"))

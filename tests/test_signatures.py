@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from tests.daemon.test_memory import delta
 from tests.traffic import Traffic, status
 from tests.waiting import until
-from tta.bundle import check_signed, load_bundle, sign_bundle
+from tta.bundle import check_signed, load_bundle, sign_bundle, source_is_importable
 from tta.commands import app
 from tta.config import load_config
 from tta.daemon.store import Store, sign_version
@@ -177,6 +178,64 @@ def test_a_state_folder_is_signed_for_a_daemon_with_another_key(
     assert [Path(path).name for path in found["refused"]] == [f"{damaged:06d}"]
     trusting = Store(state, "hash", key, {"alice": key.public})
     assert (trusting.problem(sound), trusting.newest()) == ("", sound)
+
+
+def test_a_version_in_another_s_place_is_refused(tmp_path: Path, key: SigningKey) -> None:
+    """Files of one version, signatures and all, do not serve under the number of another."""
+    signers = signers_of_versions(None, key)
+    store = Store(tmp_path, "hash", key, signers)
+    accepted, candidate = (store.write(*delta(), "head", "source", 0.0, {}, {}) for _ in range(2))
+    place, other = store.folder(accepted), store.folder(candidate)
+    assert place is not None
+    assert other is not None
+    for path in other.iterdir():
+        shutil.copy(path, place / path.name)
+
+    assert "is version 2" in store.problem(accepted)
+    assert store.problem(candidate) == ""
+
+
+def test_odd_names_among_the_versions_are_left_alone(tmp_path: Path) -> None:
+    """Somebody's copy of a version is neither served nor counted nor deleted."""
+    store = Store(tmp_path, "hash")
+    version = store.write(*delta(), "head", "source", 0.0, {}, {"outcome": "accepted"})
+    folder = store.folder(version)
+    assert folder is not None
+    shutil.copytree(folder, folder.with_name("000001.bak"))
+
+    assert store.numbers() == [0, version]
+    assert store.newest() == version
+    assert store.retire(set(), keep=0) == []
+    assert store.write(*delta(), "head", "source", 0.0, {}, {}) == 2
+    assert folder.with_name("000001.bak").is_dir()
+
+
+def test_a_bundle_with_versions_in_it_is_signed_as_a_bundle(
+    bundle_path: Path, tmp_path: Path, key: SigningKey
+) -> None:
+    """`tta sign` never takes a folder that is a bundle for a state folder: nothing planted in it is signed."""
+    with zipfile.ZipFile(bundle_path) as archive:
+        archive.extractall(tmp_path / "model")
+    planted = Store(tmp_path / "model", load_bundle(bundle_path).sha256)
+    version = planted.write(*delta(), "head", "source", 0.0, {}, {"outcome": "accepted"})
+    (tmp_path / "model" / "state.json").unlink(missing_ok=True)
+
+    CliRunner().invoke(app, ["sign", str(tmp_path / "model"), "--with", str(tmp_path / "alice.pem")])
+
+    assert check_signed(load_bundle(tmp_path / "model"), {"alice": key.public}) == "alice"
+    assert "signed" in Store(tmp_path / "model", "any", key, {"alice": key.public}).problem(version)
+
+
+def test_asking_for_a_model_s_module_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a source can be imported is found out without importing it, packages of dotted names included."""
+    package = tmp_path / "evil"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    assert source_is_importable("evil.net:make")
+    assert not source_is_importable("nowhere_to_be_found.net:make")
 
 
 def test_a_key_to_sign_with_is_readable_by_its_owner_only(tmp_path: Path) -> None:

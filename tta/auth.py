@@ -25,6 +25,7 @@ MIN_WAIT_S = 0.001
 BURST = 64  # questions answered before anything else gets a turn
 TOLD_S = 1.0  # between two lines about who was turned away
 REFRESH_S = 1.0  # seconds between two looks at the list of clients, and at the key
+UNBOUND_S, UNBOUND_TOLD_S = 2.0, 30.0  # without an address before that is told, and until it is told again
 ZAP = "inproc://zeromq.zap.01"
 
 
@@ -236,6 +237,7 @@ class Doorkeeper:
         self._key = read_key_pair(path)
         self._guarded: list[zmq.Socket[bytes]] = []
         self._unbound: dict[zmq.Socket[bytes], str] = {}  # whose key was renewed, and where they are to be bound
+        self._renewed_at = self._unbound_told_at = float("-inf")
         self._log = log
         self._complaint = ""  # about the list, told once
         self._told_at, self._untold = float("-inf"), 0  # when it was told who is turned away; how many since
@@ -292,7 +294,7 @@ class Doorkeeper:
             return
         if key == self._key:
             return
-        self._key = key
+        self._key, self._renewed_at = key, time.monotonic()
         for socket in self._guarded:
             if socket not in self._unbound:
                 self._unbound[socket] = socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -305,7 +307,9 @@ class Doorkeeper:
             try:
                 socket.bind(endpoint)
             except zmq.ZMQError as error:
-                if error.errno != zmq.EADDRINUSE:
+                now = time.monotonic()
+                if now - self._renewed_at > UNBOUND_S and now - self._unbound_told_at > UNBOUND_TOLD_S:
+                    self._unbound_told_at = now
                     self._log.error("not_bound_again", endpoint=endpoint, error=str(error))
                 continue
             del self._unbound[socket]

@@ -254,7 +254,7 @@ def _read(root: Path, name: str) -> bytes:
 
 def source_is_importable(source: str) -> bool:
     """Whether the adapter will find the module of a `module:factory` source; nothing is imported."""
-    module = source.partition(":")[0]
+    module = source.partition(":")[0].partition(".")[0]  # for a name with dots Python would import the package
     if module == "timm":
         return True
     if os.getcwd() not in sys.path:

@@ -415,21 +415,23 @@ class Client(_Connections):
         if self._context.closed:
             raise PreconditionError("the client is closed")
         end = time.monotonic() + self.timeout_s
-        connection, undelivered = self._daemon_connection(), True
+        connection, undelivered, renewed = self._daemon_connection(), True, False
         while undelivered and time.monotonic() < end:
-            undelivered = not connection.is_open
+            undelivered, n_opened = not connection.is_open, connection.n_opened
             try:
                 connection.socket.send_multipart(message, zmq.NOBLOCK)
                 reply = self._reply(connection, protocol.request_id(message), end)
                 if reply is not None:
                     return _checked(reply)
-                if not connection.wrong_key:
+                renewed = connection.wrong_key
+                if not renewed:
                     break
+                undelivered &= connection.n_opened == n_opened
                 time.sleep(NEXT_KEY_S)
             except zmq.Again:  # refused since we last looked: libzmq does not knock again
                 undelivered = True
             connection = self._connect_daemon()
-        if not undelivered:
+        if renewed and not undelivered:
             raise UnavailableError(
                 f"{self._control} renewed its key before it answered: it may have done it or not"
             )
@@ -573,7 +575,10 @@ class AsyncClient(_Connections):
         former = self._daemon
         if former is not None:
             self._drop(former)
+        self._daemon = None
         self._daemon = connection = self._connect(self._control, queue=True, former=former)
+        for frames in self._undelivered.values():  # nobody has seen them
+            _sent(connection, frames)
         work = (self._read_control(connection.socket), self._watch_control(connection))
         self._tasks[connection] = [asyncio.create_task(each) for each in work]
         return connection
@@ -584,7 +589,7 @@ class AsyncClient(_Connections):
         self._tasks[connection] = [asyncio.create_task(each) for each in work]
 
     def _drop(self, connection: Connection) -> None:
-        for task in self._tasks.pop(connection):
+        for task in self._tasks.pop(connection, []):
             task.cancel()
         connection.close()
 
@@ -705,15 +710,15 @@ class AsyncClient(_Connections):
         while not connection.wrong_key:
             try:
                 connection.lost(await connection.monitor.recv_multipart())
+                if connection.is_open:
+                    self._undelivered.clear()
             except UnauthenticatedError as error:
                 for future in self._calling.values():
                     if not future.done():
                         future.set_exception(UnauthenticatedError(str(error)))
         await asyncio.sleep(NEXT_KEY_S)
         if connection is self._daemon:
-            following = self._connect_daemon()  # ends this task at its next wait
-            for frames in self._undelivered.values():
-                _sent(following, frames)
+            self._connect_daemon()  # ends this task at its next wait
 
     async def _exchange(self, frames: list[bytes]) -> dict[str, Any]:
         self._check_open()

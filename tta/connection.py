@@ -86,6 +86,7 @@ class Connection:
         refused_at: monotonic seconds at which it was refused; libzmq does not try again, or not with another key,
             so that another connection has to.
         is_open: whether both sides have said who they are, as far as `lost` has heard.
+        n_opened: how often that was so.
         wrong_key: whether the daemon may have another of its keys.
 
     Raises:
@@ -104,6 +105,7 @@ class Connection:
         self.endpoint = endpoint
         self.refused_at: float | None = None
         self.is_open = self.wrong_key = False
+        self.n_opened = 0
         self._has_key = credentials is not None and endpoint.startswith("tcp:")
         self._has_choice = credentials is not None and self._has_key and credentials.n_server_keys > 1
         self._broken: int = former._broken if former is not None else 0
@@ -146,6 +148,7 @@ class Connection:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._broken = 0
             self.is_open = True
+            self.n_opened += 1
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self.refused_at = time.monotonic()
             raise UnauthenticatedError(

@@ -209,7 +209,7 @@ class Outstanding:
             return
         error = protocol.reply_error(header)
         if error is None:
-            if entry.endpoint == endpoint:
+            if entry.endpoint == endpoint and entry.n_images:
                 place.answered = max(place.answered, entry.sent)
             self._finish(entry, (header, tensors))
         elif entry.endpoint != endpoint:
@@ -318,7 +318,8 @@ class Outstanding:
         place = self._endpoints[entry.endpoint]
         if self._retry_s is None or now >= entry.deadline:
             return
-        overtaken = place.answered > entry.sent  # answers come in order: this one's was lost
+        # Answers to images come in order: this one's was lost, unless nothing comes any more.
+        overtaken = place.answered > entry.sent and now - place.heard < self._retry_s
         if place.heard > entry.sent and now - place.heard < self._retry_s and not overtaken:
             self._due(entry, place.heard + self._retry_s)  # it is slow, not silent
         elif self._alone or overtaken:

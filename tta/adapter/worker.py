@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 import zmq
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tta import log
@@ -34,7 +34,7 @@ from tta.packaging.blocks import classifier_name
 from tta.packaging.source import build_model
 from tta.process import become_worker
 from tta.signatures import Trust
-from tta.versions import load_version
+from tta.versions import hash_of, load_version
 
 N_PROBE = 16
 STEPS_SHARE = 0.7  # of a rehearsal's time; the rest is for the statistics of each regime
@@ -70,9 +70,16 @@ class Surgeon:
     def operate(self, folder: Path, progress: Any) -> dict[str, Any]:
         """Carry out one request; the result lies in `folder` when this returns.
 
+        Returns:
+            What was done, and `sha256` of each file of the result, by its path in the folder.
+
         Raises:
             AdaptationError: no candidate could be made.
         """
+        self._written: dict[str, str] = {}
+        return {**self._operate(folder, progress), "sha256": self._written}
+
+    def _operate(self, folder: Path, progress: Any) -> dict[str, Any]:
         request = json.loads((folder / "request.json").read_text())
         arrays = load_file(folder / "arrays.safetensors")
         if request["task"] == "rehearse":
@@ -137,10 +144,7 @@ class Surgeon:
             settings.seed,
             progress,
         )
-        save_file(
-            {n: np.ascontiguousarray(t.cpu().numpy()) for n, t in learned.items()},
-            folder / "rehearsed.safetensors",
-        )
+        self._save(folder, "rehearsed", {n: t.cpu().numpy() for n, t in learned.items()})
         for name, memory in memories.items():
             patient.load({**self.source, **learned})
             if patient.has_batch_norm():
@@ -152,15 +156,17 @@ class Surgeon:
         folder.mkdir()
         delta = delta_of(result.state, self.source)
         in_graph = {t for tensors in self.anatomy.tensors.values() for t in tensors}
-        save_file(
-            {n: np.ascontiguousarray(a) for n, a in delta.items() if n in in_graph},
-            folder / "delta.safetensors",
-        )
+        self._save(folder, "delta", {n: a for n, a in delta.items() if n in in_graph})
         anchor = self.bundle.anchor["x"]
         x = np.ascontiguousarray(anchor[:N_PROBE])
         self.patient.load(result.state)
         logits = self.patient.logits(self.patient.images(x)).cpu().numpy()
-        save_file({"x": x, "logits": np.ascontiguousarray(logits)}, folder / "probe.safetensors")
+        self._save(folder, "probe", {"x": x, "logits": logits})
+
+    def _save(self, folder: Path, name: str, arrays: dict[str, Any]) -> None:
+        data = save({n: np.ascontiguousarray(a) for n, a in arrays.items()})
+        (folder / f"{name}.safetensors").write_bytes(data)
+        self._written[f"{folder.name}/{name}"] = hash_of(data)
 
 
 def main() -> int:

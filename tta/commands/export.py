@@ -30,7 +30,7 @@ def export(
     """Write a version's weights, all of them, under the model's own state_dict names.
 
     The file is what `tta package --checkpoint` takes, and `model.load_state_dict(..., strict=False)`: counters of
-    batches are not in it. The daemon may run meanwhile.
+    batches are not in it. The daemon may run meanwhile. Signatures are not asked for: see `tta check`.
     """
     import numpy as np
 
@@ -53,15 +53,17 @@ def export(
             raise DeltaError(f"version in {folder} was made for another bundle than {bundle}")
         check_delta(loaded, delta)
     weights = {name: np.ascontiguousarray(delta.get(name, array)) for name, array in loaded.weights.items()}
+    temporary = out.with_name(f".{out.name}.tmp")
     try:
         if out.suffix == ".safetensors":
             from safetensors.numpy import save
 
-            out.write_bytes(save(weights))
+            temporary.write_bytes(save(weights))
         else:
             from tta.packaging.source import save_checkpoint
 
-            save_checkpoint(weights, out)
+            save_checkpoint(weights, temporary)
+        temporary.replace(out)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error.strerror or error}") from error
     found = {"out": str(out), "version": version, "tensors": len(weights), "changed": len(delta)}

@@ -1,5 +1,6 @@
 """`tta sign`: vouch for a bundle, or for the versions of a state folder."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,8 @@ def sign(
 
     A daemon with `security.signers` serves bundles only that one of them has signed; one with
     `security.signing_key` signs the versions it makes. Signing a state folder is for versions from before that, or
-    from a daemon with another key. The daemon must not run.
+    from a daemon with another key: look at what it lists, for all of it may be served then. The daemon must not
+    run.
     """
     from tta.bundle import sign_bundle
     from tta.daemon.store import lock, sign_version
@@ -32,7 +34,7 @@ def sign(
     from tta.versions import load_version
 
     secret = SigningKey(key)
-    if not (path / "versions").is_dir():
+    if (path / "manifest.json").exists() or not (path / "versions").is_dir():
         try:
             sign_bundle(path, secret)
         except OSError as error:
@@ -42,20 +44,26 @@ def sign(
         else:
             print(f"{path}: signed with {secret.public}")
         return
-    signed, refused = [], {}
+    signed, refused = {}, {}
     with lock(path):
         for folder in sorted(p.parent for p in path.glob("versions/[0-9]*/delta.safetensors")):
             try:
-                load_version(folder)
-                sign_version(folder, (folder / "manifest.json").read_bytes(), secret)
-                signed.append(str(folder))
+                raw = (folder / "manifest.json").read_bytes()
+                manifest = load_version(folder)[0]
+                if manifest.verdict.get("outcome") != "accepted":
+                    raise DeltaError(f"version in {folder} was not accepted by the gate")
+                sign_version(folder, raw, secret)
+                made = datetime.fromtimestamp(manifest.created_s).isoformat(" ", "seconds")
+                signed[str(folder)] = f"{manifest.block or 'normalisation'}, made {made}"
             except DeltaError as error:
                 refused[str(folder)] = str(error)
             except OSError as error:
                 raise ConfigError(f"{folder} cannot be signed: {error.strerror or error}") from error
     if as_json:
-        print_json({"signed": signed, "refused": refused, "key": secret.public})
+        print_json({"signed": list(signed), "refused": refused, "key": secret.public})
     else:
+        for name, what in signed.items():
+            print(f"signed: {name}: {what}")
         for problem in refused.values():
             print(f"not signed: {problem}")
         print(f"{path}: {len(signed)} versions signed with {secret.public}")

@@ -44,7 +44,7 @@ class Calibrations:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted: Stickiness | None = None
-        self._began = 0.0  # monotonic seconds
+        self._began = self._asked = 0.0  # monotonic seconds
         self._told = False  # that it takes long
         root.mkdir(exist_ok=True)
 
@@ -71,6 +71,8 @@ class Calibrations:
     def request(self, stickiness: Stickiness) -> None:
         """Have thresholds computed; one at a time, a second request waits for its turn by being made again."""
         if self._process is not None or self.kept(stickiness) is not None:
+            if self._wanted is None or self._told:  # asked for anew, it may wait for as long again
+                self._asked, self._told = time.monotonic(), False
             self._wanted = self._wanted or stickiness
             return
         self._wanted = stickiness
@@ -93,7 +95,8 @@ class Calibrations:
         except OSError as error:  # `poll` finds no thresholds
             self._log.error("calibration_not_started", error=str(error))
             return
-        self._began, self._told = time.monotonic(), False
+        self._began = self._asked = time.monotonic()
+        self._told = False
         self._log.info("calibration_started", pid=self._process.pid, arl=self.arl, **vars(stickiness))
 
     def poll(self) -> tuple[Stickiness, Calibration | None] | None:
@@ -104,12 +107,12 @@ class Calibrations:
         if self._wanted is None:
             return None
         if self._process is not None and self._process.poll() is None:
-            age_s = time.monotonic() - self._began
-            if age_s < COMPUTE_S or (self._told and age_s < LONGEST_S):
-                return None
-            if not self._told:  # alarms must not wait for ever
-                self._told = True
-                self._log.warning("calibration_slow", seconds=round(age_s), **vars(self._wanted))
+            now = time.monotonic()
+            if now - self._began < LONGEST_S:
+                if self._told or now - self._asked < COMPUTE_S:
+                    return None
+                self._told = True  # alarms must not wait for ever
+                self._log.warning("calibration_slow", seconds=round(now - self._began), **vars(self._wanted))
                 return self._wanted, None
             self.close()
         status, self._process = self._process.returncode if self._process else 0, None

@@ -80,6 +80,7 @@ class Daemon:
         # Labels ahead of their predictions: until when, frames, sender's key.
         self._early: list[tuple[float, list[bytes], str]] = []
         self._doorkeeper: Doorkeeper | None = None
+        self._own_key = ""  # public, as it was read last
 
     # -- startup ------------------------------------------------------------------------------------------
 
@@ -92,11 +93,11 @@ class Daemon:
         config = self.config
         allow_files()
         self.bundle = load_bundle(config.bundle)
+        self.trust, key = self._trust()  # before anything is done with what the bundle says
         manifest = self.bundle.manifest
         config.check_model([b.name for b in manifest.blocks])
         if not source_is_importable(manifest.source):
             self.log.warning("source_not_importable", source=manifest.source, consequence="cannot adapt")
-        self.trust, key = self._trust()
         self.store = Store(config.state, self.bundle.sha256, key, self.trust.versions)
         self._lock_file = lock(config.state)
         self.run_folder = runtime_folder(config.state)
@@ -287,7 +288,11 @@ class Daemon:
         key = self.config.security.key
         if self._doorkeeper is not None:
             return self._doorkeeper.public_key
-        return read_public_key(key).decode() if key is not None else ""
+        try:
+            self._own_key = read_public_key(key).decode() if key is not None else ""
+        except ConfigError as error:  # lost since, or just being replaced: what serves goes on
+            self.log.error("key_refused", error=str(error), in_force="the key before")
+        return self._own_key
 
     def _time_us(self) -> int:
         return self.treatment.clock.now_us()

@@ -71,8 +71,11 @@ def _every(root: Path, repair: bool, signers: Mapping[str, str] | None) -> Itera
         for path in sorted(root.glob(pattern)):
             yield _checked(path, read, consequence, repair)
     for path in sorted(root.glob("versions/[0-9]*/delta.safetensors")):
-        consequence = f"version {int(path.parent.name)} cannot serve, and its regime is forgotten"
-        yield _checked(path, lambda p: load_version(p.parent, signers), consequence, repair)
+        consequence = f"version {path.parent.name} cannot serve, and its regime is forgotten"
+        found = _checked(path, lambda p: load_version(p.parent), consequence, repair)
+        if not found.problem:  # a version that is only unsigned may be signed yet
+            found = _checked(path, lambda p: load_version(p.parent, signers), consequence, False)
+        yield found
     yield from _labels(root / "labels.sqlite", repair)
 
 

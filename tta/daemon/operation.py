@@ -24,7 +24,7 @@ from tta.daemon.links import AdapterLink, Outputs, ShadowLink, VersionFolder
 from tta.daemon.metrics import Metrics
 from tta.daemon.store import Store
 from tta.errors import NotFoundError
-from tta.versions import SOURCE
+from tta.versions import SOURCE, hash_of
 
 Array = npt.NDArray[Any]
 Task = Literal["adapt", "relieve", "rehearse"]  # what the adapter does, and the phase in the metrics
@@ -76,6 +76,7 @@ class Operation:
         self.anchor = anchor
         self._work = work
         self.under_way: Task | None = None  # at the adapter
+        self._hashes: dict[str, str] = {}  # of the files of its newest result
         self.rehearsed: Path | None = None  # scales and shifts from which an operation may start
         self._job = 0  # of the operation under way; an answer to an older one is dropped
         shutil.rmtree(work, ignore_errors=True)  # requests of a daemon that was killed
@@ -179,7 +180,7 @@ class Operation:
             else:
                 report = {"regimes": sorted(images), "seconds": header["seconds"]}
                 versions = {n: self._keep(folder / f"candidate-{n}", SCALES, "rehearsed", report) for n in images}
-                done(versions, (folder / "rehearsed.safetensors").read_bytes())
+                done(versions, self._read(folder, "rehearsed"))
 
         memories = {str(n): str(path) for n, path in images.items()}
         self._submit("rehearse", arrays, {}, "", "", memories, finished)
@@ -213,6 +214,7 @@ class Operation:
         def answered(header: dict[str, Any]) -> None:
             if job == self._job:
                 self.under_way = None
+                self._hashes = header.get("sha256", {})
                 self.metrics.phase_s.labels(task).observe(time.monotonic() - began)
                 try:
                     finished(folder, header)
@@ -364,8 +366,15 @@ class Operation:
         return Conclusion(version, verdict.accuracy_candidate, evidence)
 
     def _keep(self, folder: Path, block: str, start: str, report: dict[str, Any]) -> int:
-        delta, probe = ((folder / f"{name}.safetensors").read_bytes() for name in ("delta", "probe"))
+        delta, probe = (self._read(folder, name) for name in ("delta", "probe"))
         return self.store.write(delta, probe, block, start, time.time(), report, {})
+
+    def _read(self, folder: Path, name: str) -> bytes:
+        """A file of the adapter's result, as the adapter says it wrote it: it is about to be signed, perhaps."""
+        data = (folder / f"{name}.safetensors").read_bytes()
+        if hash_of(data) != self._hashes.get(f"{folder.name}/{name}"):
+            raise OSError(f"{folder / name}.safetensors is not what the adapter has written")
+        return data
 
     def _discard(self, versions: list[int]) -> None:
         for version in versions:

@@ -7,6 +7,7 @@ die with the daemon. A process that keeps dying is restarted ever more slowly.
 import hashlib
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import structlog
 
+from tta.errors import ConfigError
+
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 STEADY_S = 60.0  # seconds alive after which a process is no longer in a crash loop
 IPC_PATH_LIMIT = 90  # a Unix socket's path may have 107 bytes
@@ -24,12 +27,19 @@ Logger = structlog.typing.FilteringBoundLogger
 
 
 def runtime_folder(state: Path) -> Path:
-    """Where sockets and hand-over files lie: below the state folder unless its path is too long for a socket."""
+    """Where sockets and hand-over files lie: below the state folder unless its path is too long for a socket.
+
+    Raises:
+        ConfigError: somebody else has made it, or may write there.
+    """
     folder = state.resolve() / "run"
     if len(str(folder)) > IPC_PATH_LIMIT:
         digest = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
         folder = Path(tempfile.gettempdir()) / f"tta-{os.getuid()}-{digest}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(f"{folder} is not a folder of this user's that nobody else may write: remove it")
     return folder
 
 

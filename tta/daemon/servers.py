@@ -202,7 +202,7 @@ class Servers:
             path = self._run_folder / f"{server_name(number)}.json"
             path.write_bytes(msgspec.json.encode(self._options(number)))
             path.with_suffix(".error").unlink(missing_ok=True)
-            return ["-m", "tta.server", str(path)]
+            return ["-m", "tta.server", str(path), self._trust.tell()]
 
         return argv
 

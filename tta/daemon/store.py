@@ -100,7 +100,8 @@ class Store:
 
     def numbers(self) -> list[int]:
         """All versions that can be served, the source first."""
-        found = [int(p.parent.name) for p in self._versions.glob("[0-9]*/delta.safetensors")]
+        every = self._versions.glob("[0-9]*/delta.safetensors")
+        found = [int(p.parent.name) for p in every if p.parent.name.isdigit()]  # and no copies of somebody's
         return [SOURCE, *sorted(found)]
 
     def discard(self, version: int) -> None:
@@ -126,7 +127,7 @@ class Store:
         Returns:
             The numbers of those deleted.
         """
-        folders = {int(path.name): path for path in self._versions.glob("[0-9]*")}
+        folders = {int(path.name): path for path in self._versions.glob("[0-9]*") if path.name.isdigit()}
         unused = sorted(set(folders) - set(in_use) - {max(folders, default=SOURCE)})  # numbers count up for ever
         gone = unused[: max(0, len(unused) - keep)]
         for version in gone:
@@ -180,7 +181,7 @@ class Store:
         Returns:
             Its number.
         """
-        version = 1 + max((int(p.name) for p in self._versions.glob("[0-9]*")), default=SOURCE)
+        version = 1 + max((int(p.name) for p in self._versions.glob("[0-9]*") if p.name.isdigit()), default=SOURCE)
         files = {"delta.safetensors": delta, "probe.safetensors": probe}
         manifest = VersionManifest(
             version=version,

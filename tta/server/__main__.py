@@ -33,6 +33,7 @@ from tta.server.batcher import Batcher, Pending
 from tta.server.frontend import Computed, Failed, Frontend, Statistics, send
 from tta.server.options import Observation, ServerOptions
 from tta.server.predictor import Predictor, resolve_precision
+from tta.signatures import Trust
 
 OBSERVATION_BYTES = 256 << 20  # memory of batches queued for the daemon
 BUILDER_NICE = 10
@@ -316,6 +317,8 @@ class Server:
 def main() -> int:
     """Run one server; the exit status says how it ended."""
     options = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ServerOptions)
+    if len(sys.argv) > 2:  # not from the file, which lies where others may write
+        options = msgspec.structs.replace(options, trust=Trust.told(sys.argv[2]))
     sys.setswitchinterval(SWITCH_S)
     logger = log.setup(f"server{options.number or ''}")
     server = Server(options, logger)

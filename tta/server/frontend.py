@@ -31,7 +31,12 @@ from tta.server.repeats import Repeats
 
 POLL_MS = 100  # how late a signal is noticed
 LATE_MS = 10  # between two attempts to send replies that were not taken
-LATE_BYTES, ALL_LATE_BYTES = 4 << 20, 64 << 20  # of such replies of a client, and of all; the oldest are dropped
+LATE_BYTES, ALL_LATE_BYTES = (
+    4 << 20,
+    64 << 20,
+)  # of such replies of a client, and of all; then its oldest are dropped
+LATE_CLIENTS = 64  # that are tried at a time
+REPLY_BYTES = 250  # of a reply beside its frames' content
 BACKLOG_S = 0.002  # between two readings while a batch or more is queued anyway
 # pyzmq's send_multipart costs 11 us for three frames, these 2; receiving 7 and 5 (measured).
 _SEND, _RECEIVE, _GET = zmq.backend.Socket.send, zmq.backend.Socket.recv, zmq.backend.Socket.get
@@ -174,6 +179,7 @@ class Frontend:
         self._admin_socket.bind(options.admin)
         self._repeats = Repeats()
         self._late: dict[bytes, _Late] = {}  # by client
+        self._late_bytes = 0
         self._late_at = 0.0  # monotonic seconds, when they are tried again
         self._finished: deque[Computed | Failed] = deque()  # from the inference thread
         self._admin_replies: deque[list[bytes]] = deque()  # from the builder thread
@@ -194,7 +200,6 @@ class Frontend:
             select((self._wake,), (), (), BACKLOG_S)
         ready = dict(self._poller.poll(LATE_MS if self._late else POLL_MS))
         if self._late and time.monotonic() >= self._late_at:
-            self._late_at = time.monotonic() + LATE_MS / 1000
             self._send_late()
         if self._doorkeeper is not None:
             for _ in range(self._doorkeeper.attend()):
@@ -405,27 +410,42 @@ class Frontend:
                 self.statistics.undeliverable += 1
                 return
         late.replies.append(frames)
-        late.n_bytes += sum(map(len, frames))
-        most = min(LATE_BYTES, late.n_bytes + ALL_LATE_BYTES - sum(each.n_bytes for each in self._late.values()))
-        while late.replies and late.n_bytes > most:
-            late.n_bytes -= sum(map(len, late.replies.popleft()))
-            self.statistics.undeliverable += 1
+        late.n_bytes += _cost(frames)
+        self._late_bytes += _cost(frames)
+        while late.n_bytes > LATE_BYTES:
+            self._drop_late(late)
+        while self._late_bytes > ALL_LATE_BYTES:
+            self._drop_late(max(self._late.values(), key=lambda each: each.n_bytes))
+
+    def _drop_late(self, late: "_Late") -> None:
+        """Give up the oldest of a client's replies."""
+        self._take_late(late)
+        self.statistics.undeliverable += 1
+
+    def _take_late(self, late: "_Late") -> None:
+        cost = _cost(late.replies.popleft())
+        late.n_bytes -= cost
+        self._late_bytes -= cost
 
     def _send_late(self) -> None:
-        """Send what clients did not take before, to each until it takes no more."""
-        for identity, late in list(self._late.items()):
+        """Send what clients did not take before: to some of them, to each until it takes no more."""
+        for identity in list(self._late)[:LATE_CLIENTS]:
+            late = self._late.pop(identity)  # and to the end of the line, if something is left
             while late.replies:
                 try:
                     send(self._data, late.replies[0])
+                    self._take_late(late)
                 except zmq.Again:
+                    self._late[identity] = late
                     break
-                except zmq.ZMQError:
-                    self.statistics.undeliverable += len(late.replies)
-                    late.replies.clear()
-                    break
-                late.n_bytes -= sum(map(len, late.replies.popleft()))
-            if not late.replies:
-                del self._late[identity]
+                except zmq.ZMQError:  # gone
+                    self._drop_late(late)
+        self._late_at = time.monotonic() + LATE_MS / 1000
+
+
+def _cost(frames: list[bytes]) -> int:
+    """Bytes of memory that a reply holds."""
+    return sum(map(len, frames)) + REPLY_BYTES
 
 
 def count(totals: dict[str, int], code: Code) -> None:

@@ -14,6 +14,7 @@ const VERSION = 1;
 const RESOURCE_EXHAUSTED = 8;
 const DEADLINE_EXCEEDED = 4;
 const UNAVAILABLE = 14;
+const RECONNECT_S = 0.05;
 const ATTEMPTS = 4; // of a request without an answer, in its time
 
 /** What the daemon answered instead, or that it did not: `code` is one of gRPC's. */
@@ -27,11 +28,12 @@ export class TTAError extends Error {
 
 /** One socket, on which many requests may wait for their answers. */
 class Connection {
-  constructor(endpoint, keys) {
+  constructor(endpoint, keys, immediate) {
     const curve = keys && endpoint.startsWith("tcp:")
       ? { curveServerKey: keys.server, curvePublicKey: keys.public, curveSecretKey: keys.secret } : {};
     this.endpoint = endpoint;
-    this.socket = new Dealer({ linger: 0, receiveHighWaterMark: 0, sendHighWaterMark: 0, ...curve });
+    const bounds = { linger: 0, receiveHighWaterMark: 0, sendHighWaterMark: 0, sendTimeout: immediate ? 0 : -1 };
+    this.socket = new Dealer({ ...bounds, immediate, ...curve }); // immediate: nothing queues without a connection
     this.socket.connect(endpoint);
     this.waiting = new Map(); // request id to what takes its answer
     this.sending = Promise.resolve(); // a socket sends one message at a time
@@ -40,8 +42,10 @@ class Connection {
 
   async receive() {
     for await (const [header, ...tensors] of this.socket) {
-      const reply = decode(header);
-      this.waiting.get(reply.id)?.({ ...reply, tensors });
+      try {
+        const reply = decode(header);
+        this.waiting.get(reply.id)?.({ ...reply, tensors });
+      } catch { continue; } // what answers there is no tta
     }
   }
 
@@ -50,7 +54,7 @@ class Connection {
     const frames = [encode(header), ...(payload ? [payload] : [])];
     const until = Date.now() + 1000 * timeoutS;
     return new Promise((resolve, reject) => {
-      let timer, refusal;
+      let timer, refusal, sent = false;
       const end = (finish, value) => {
         clearTimeout(timer);
         this.waiting.delete(header.id);
@@ -61,11 +65,13 @@ class Connection {
         timer = setTimeout(attempt, Math.max(0, Math.min(1000 * seconds, until - Date.now())));
       };
       const attempt = () => {
-        if (Date.now() >= until) {
+        if (Date.now() >= until || (sent && !again)) {
           const silence = new TTAError(DEADLINE_EXCEEDED, `no answer from ${this.endpoint} in ${timeoutS} s`);
           return end(reject, refusal ?? silence);
         }
-        this.sending = this.sending.then(() => this.socket.send(frames)).catch(() => {}); // closed: nobody waits
+        sent = true;
+        this.sending = this.sending.then(() => this.socket.send(frames)) // without a connection: again soon
+          .catch(() => this.waiting.has(header.id) && again && later(RECONNECT_S));
         later(again ? timeoutS / ATTEMPTS : timeoutS);
       };
       this.waiting.set(header.id, (reply) => {
@@ -90,8 +96,8 @@ export class Client {
    */
   constructor({ endpoint = "tcp://127.0.0.1:5555", control = "tcp://127.0.0.1:5556", timeoutS = 10, keys } = {}) {
     this.timeoutS = timeoutS;
-    this.server = new Connection(endpoint, keys);
-    this.daemon = new Connection(control, keys);
+    this.server = new Connection(endpoint, keys, true);
+    this.daemon = new Connection(control, keys, false);
     this.name = randomBytes(8).toString("hex"); // under which the server knows a request that comes again
     this.lastId = 0;
   }
