@@ -350,7 +350,7 @@ def table(result: Json) -> list[str]:
     events, cycles = result["events"], result["cycles"]
     cured = [c["cured_s"] for c in cycles if c["cured_s"] is not None]
     lines = [
-        "# An hour",
+        "# Soak",
         "",
         f"{result['date']}, commit {result['commit']}, `{result['command']}`; digits, {result['minutes']:.0f} minutes at "
         f"{result['share'] * result['capacity']:.0f} requests a second: {100 * result['share']:.0f} % of what the daemon, "

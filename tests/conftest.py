@@ -15,7 +15,7 @@ from tta.packaging import Recipe, package
 from tta.packaging.digits import IMAGE_SHAPE, KWARGS, SOURCE, digits, train
 from tta.scenario import DaemonProcess
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two that wait for each other are slower than one where cores are busy
 
 DEMO_SETTINGS = {
     "adapt.labels": 96,
