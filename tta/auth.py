@@ -118,28 +118,28 @@ class Clients:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._file = WatchedFile(path)
         self._quotas: dict[tuple[str, str], Quota] = {}  # by key and what is counted
         self._by_key = self._load()
 
     def _load(self) -> dict[str, tuple[str, AllowedClient]]:
         try:
-            listed = _listed(self._path.read_text())
+            listed = _listed(self._file.path.read_text())
             for name, entry in listed.items():
                 check_key(entry.key)
                 for what in (entry.images_s, entry.labels_s):
                     if what is not None and not 0 < what < float("inf"):
                         raise InputError(f"{name}: {what} a second: write a number above 0")
         except OSError as error:
-            raise ConfigError(f"list of clients {self._path} cannot be read: {error.strerror}") from error
+            raise ConfigError(f"list of clients {self._file.path} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError, msgspec.MsgspecError, InputError) as error:
             raise ConfigError(
-                f"list of clients {self._path}: {error}; write NAME: {{key: KEY, roles: [{', '.join(ROLES)}]}}"
+                f"list of clients {self._file.path}: {error}; "
+                f"write NAME: {{key: KEY, roles: [{', '.join(ROLES)}]}}"
             ) from error
         by_key = {entry.key: (name, entry) for name, entry in listed.items()}
         if len(by_key) < len(listed):
-            raise ConfigError(f"list of clients {self._path}: two names have the same key")
+            raise ConfigError(f"list of clients {self._file.path}: two names have the same key")
         return by_key
 
     def refresh(self) -> bool:

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tta.errors import BundleError
-from tta.signatures import SIGNATURES, SigningKey, signer_of, with_signature
+from tta.signatures import SIGNATURES, SigningKey, read_signatures, signer_of, with_signature
 
 FORMAT = 3
 FILES = ("model.onnx", "weights.safetensors", "reference.safetensors", "anchor.safetensors")
@@ -202,7 +202,7 @@ def check_signed(bundle: Bundle, signers: Mapping[str, str]) -> str:
 
 def _signatures(path: Path) -> bytes:
     if path.is_dir():
-        return (path / SIGNATURES).read_bytes() if (path / SIGNATURES).exists() else b""
+        return read_signatures(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(SIGNATURES) if SIGNATURES in archive.namelist() else b""

@@ -110,6 +110,12 @@ def check_signer(key: str) -> None:
         raise InputError("no key: 44 characters of base64 are wanted, as tta keygen --signing prints")
 
 
+def read_signatures(folder: Path) -> bytes:
+    """What is in a folder's `manifest.sig`; empty if its manifest is not signed."""
+    path = folder / SIGNATURES
+    return path.read_bytes() if path.exists() else b""
+
+
 def signer_of(kind: Kind, sha256: str, lines: bytes, signers: Mapping[str, str]) -> str | None:
     """Who of those who may has signed; None: nobody.
 

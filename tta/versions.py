@@ -17,7 +17,7 @@ import msgspec
 import numpy.typing as npt
 
 from tta.errors import DeltaError
-from tta.signatures import SIGNATURES, signer_of
+from tta.signatures import read_signatures, signer_of
 
 SOURCE = 0
 
@@ -41,6 +41,20 @@ class VersionManifest(msgspec.Struct, kw_only=True):
     sha256: dict[str, str]
     verdict: dict[str, Any] = {}
     report: dict[str, Any] = {}
+
+
+def version_folders(state: Path) -> dict[int, Path]:
+    """Number to folder of every version in a state folder, in order; of those not served the weights may be gone.
+
+    Copies that somebody has put there under other names are none.
+    """
+    found = {int(path.name): path for path in state.glob("versions/[0-9]*") if path.name.isdigit()}
+    return dict(sorted(found.items()))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a version can be served: a candidate that was dropped has left its manifest only."""
+    return (folder / "delta.safetensors").is_file()
 
 
 def load_version(
@@ -89,10 +103,4 @@ def hash_of(data: bytes) -> str:
 
 def is_signed(folder: Path, manifest: bytes, signers: Mapping[str, str]) -> bool:
     """Whether one of `signers` vouches for the bytes of a version's manifest."""
-    return signer_of("version", hash_of(manifest), signatures_of(folder), signers) is not None
-
-
-def signatures_of(folder: Path) -> bytes:
-    """What is in a version's `manifest.sig`; empty if it is not signed."""
-    path = folder / SIGNATURES
-    return path.read_bytes() if path.exists() else b""
+    return signer_of("version", hash_of(manifest), read_signatures(folder), signers) is not None

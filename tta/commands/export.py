@@ -35,18 +35,18 @@ def export(
     import numpy as np
 
     from tta.bundle import check_delta, load_bundle
-    from tta.versions import SOURCE, load_version
+    from tta.versions import SOURCE, has_weights, load_version, version_folders
 
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--out {out}: write a name that ends in {', '.join(SUFFIXES)}")
     loaded = load_bundle(bundle)
     delta: Mapping[str, npt.NDArray[Any]] = {}
     if version != SOURCE:
-        folder = state / "versions" / f"{version:06d}"
-        if not (folder / "delta.safetensors").is_file():
-            have = sorted(int(p.parent.name) for p in state.glob("versions/[0-9]*/delta.safetensors"))
+        folders = {number: folder for number, folder in version_folders(state).items() if has_weights(folder)}
+        folder = folders.get(version)
+        if folder is None:
             raise NotFoundError(
-                f"no version {version} in {state}: there are {', '.join(map(str, [SOURCE, *have]))}"
+                f"no version {version} in {state}: there are {', '.join(map(str, [SOURCE, *folders]))}"
             )
         manifest, delta, _ = load_version(folder)
         if manifest.bundle_sha256 != loaded.sha256:

@@ -31,7 +31,7 @@ def sign(
     from tta.daemon.store import lock, sign_version
     from tta.errors import DeltaError
     from tta.signatures import SigningKey
-    from tta.versions import load_version
+    from tta.versions import has_weights, load_version, version_folders
 
     secret = SigningKey(key)
     if (path / "manifest.json").exists() or not (path / "versions").is_dir():
@@ -46,7 +46,7 @@ def sign(
         return
     signed, refused = {}, {}
     with lock(path):
-        for folder in sorted(p.parent for p in path.glob("versions/[0-9]*/delta.safetensors")):
+        for folder in filter(has_weights, version_folders(path).values()):
             try:
                 raw = (folder / "manifest.json").read_bytes()
                 manifest = load_version(folder)[0]

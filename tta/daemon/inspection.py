@@ -13,7 +13,7 @@ from tta.daemon.files import read_arrays, read_json, set_aside
 from tta.daemon.labels import check_labels, salvage
 from tta.daemon.store import lock
 from tta.errors import DamagedError, DeltaError
-from tta.versions import load_version
+from tta.versions import has_weights, load_version, version_folders
 
 SEALED = {  # by name or pattern: what is lost with it
     "state.json": "the newest version that verifies serves, and what was under way is forgotten",
@@ -70,8 +70,11 @@ def _every(root: Path, repair: bool, signers: Mapping[str, str] | None) -> Itera
         read = read_json if pattern.endswith(".json") else read_arrays
         for path in sorted(root.glob(pattern)):
             yield _checked(path, read, consequence, repair)
-    for path in sorted(root.glob("versions/[0-9]*/delta.safetensors")):
-        consequence = f"version {path.parent.name} cannot serve, and its regime is forgotten"
+    for number, folder in version_folders(root).items():
+        if not has_weights(folder):
+            continue
+        path = folder / "delta.safetensors"
+        consequence = f"version {number} cannot serve, and its regime is forgotten"
         found = _checked(path, lambda p: load_version(p.parent), consequence, repair)
         if not found.problem:  # a version that is only unsigned may be signed yet
             found = _checked(path, lambda p: load_version(p.parent, signers), consequence, False)

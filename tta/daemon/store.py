@@ -19,8 +19,8 @@ from tta.daemon.files import (
     write_synced,
 )
 from tta.errors import ConfigError, DamagedError, DeltaError, NotFoundError
-from tta.signatures import SIGNATURES, SigningKey, with_signature
-from tta.versions import SOURCE, VersionManifest, hash_of, is_signed, load_version, signatures_of
+from tta.signatures import SIGNATURES, SigningKey, read_signatures, with_signature
+from tta.versions import SOURCE, VersionManifest, has_weights, hash_of, is_signed, load_version, version_folders
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +44,7 @@ def lock(root: Path) -> IO[str]:
 
 def sign_version(folder: Path, manifest: bytes, key: SigningKey) -> None:
     """Vouch for a manifest, the present one of a version or its next; what vouched for the one before stays."""
-    lines = with_signature(signatures_of(folder), key.sign("version", hash_of(manifest)))
+    lines = with_signature(read_signatures(folder), key.sign("version", hash_of(manifest)))
     write_atomically(folder / SIGNATURES, lines)
 
 
@@ -74,6 +74,7 @@ class Store:
         self._signers = signers
         self.damaged: dict[str, str] = {}  # files set aside, by their new name, and why
         self._versions = root / "versions"
+        self._grown = True  # there may be more versions than are kept
         try:
             self._versions.mkdir(parents=True, exist_ok=True)
             for leftover in self._versions.glob(".tmp-*"):
@@ -93,16 +94,14 @@ class Store:
         if version == SOURCE:
             return None
         folder = self._versions / f"{version:06d}"
-        if not (folder / "delta.safetensors").is_file():
+        if not has_weights(folder):
             have = ", ".join(str(v) for v in self.numbers())
             raise NotFoundError(f"no version {version}: there are {have}")
         return folder
 
     def numbers(self) -> list[int]:
         """All versions that can be served, the source first."""
-        every = self._versions.glob("[0-9]*/delta.safetensors")
-        found = [int(p.parent.name) for p in every if p.parent.name.isdigit()]  # and no copies of somebody's
-        return [SOURCE, *sorted(found)]
+        return [SOURCE, *(number for number, folder in version_folders(self.root).items() if has_weights(folder))]
 
     def discard(self, version: int) -> None:
         """Drop a candidate's weights; its manifest stays, so that its number is never used again."""
@@ -118,7 +117,7 @@ class Store:
                 self.discard(version)
 
     def retire(self, in_use: Collection[int], keep: int) -> list[int]:
-        """Delete old versions, and the notes on candidates that were dropped.
+        """Delete old versions, and the notes on candidates that were dropped; looks only where there are more.
 
         Args:
             in_use: versions that stay, however old.
@@ -127,8 +126,11 @@ class Store:
         Returns:
             The numbers of those deleted.
         """
-        folders = {int(path.name): path for path in self._versions.glob("[0-9]*") if path.name.isdigit()}
-        unused = sorted(set(folders) - set(in_use) - {max(folders, default=SOURCE)})  # numbers count up for ever
+        if not self._grown:
+            return []
+        self._grown = False
+        folders = version_folders(self.root)
+        unused = [n for n in folders if n not in in_use and n != max(folders)]  # numbers count up for ever
         gone = unused[: max(0, len(unused) - keep)]
         for version in gone:
             aside = folders[version].with_name(f".tmp-{version:06d}")  # what a crash leaves of it goes at a start
@@ -181,7 +183,8 @@ class Store:
         Returns:
             Its number.
         """
-        version = 1 + max((int(p.name) for p in self._versions.glob("[0-9]*") if p.name.isdigit()), default=SOURCE)
+        version = 1 + max(version_folders(self.root), default=SOURCE)
+        self._grown = True
         files = {"delta.safetensors": delta, "probe.safetensors": probe}
         manifest = VersionManifest(
             version=version,

@@ -1,4 +1,4 @@
-"""`python -m tta.server OPTIONS.json`: one server process.
+"""`python -m tta.server OPTIONS.json [TRUST]`: one server process.
 
 From here to the model it takes five named calls:
 `main` → `Server.main_loop` → `Frontend.tick` → (queue) → `Server.predict_batches` → `Predictor.run`.

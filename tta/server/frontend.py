@@ -31,10 +31,8 @@ from tta.server.repeats import Repeats
 
 POLL_MS = 100  # how late a signal is noticed
 LATE_MS = 10  # between two attempts to send replies that were not taken
-LATE_BYTES, ALL_LATE_BYTES = (
-    4 << 20,
-    64 << 20,
-)  # of such replies of a client, and of all; then its oldest are dropped
+LATE_BYTES = 4 << 20  # of such replies of a client; then its oldest are dropped
+ALL_LATE_BYTES = 64 << 20  # of all; then the oldest of who has most
 LATE_CLIENTS = 64  # that are tried at a time
 REPLY_BYTES = 250  # of a reply beside its frames' content
 BACKLOG_S = 0.002  # between two readings while a batch or more is queued anyway
