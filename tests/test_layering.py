@@ -10,6 +10,7 @@ HEAVY = {"torch", "timm", "kornia", "onnx", "onnxscript", "onnx_ir"}
 MAY_BE_HEAVY = ("adapter/", "packaging/")
 MAY_OPEN_SOCKETS = {
     "auth.py",
+    "commands/page.py",
     "connection.py",
     "keys.py",
     "client.py",

@@ -76,6 +76,34 @@ class Prediction:
         return list(range(self.prediction_id, self.prediction_id + len(self.logits)))
 
 
+@dataclass(frozen=True)
+class Question:
+    """A prediction whose label would help.
+
+    Attributes:
+        prediction_id: for `Client.label`.
+        predicted: class index of the answer.
+        uncertainty: of the answer, in [0, 1].
+        image: (H, W, C) uint8, if images were asked for.
+    """
+
+    prediction_id: int
+    predicted: int
+    uncertainty: float
+    image: Images | None
+
+
+def _questions(reply: tuple[dict[str, Any], list[bytes]]) -> list[Question]:
+    header, tensors = reply
+    images: Iterable[Images | None] = itertools.repeat(None)
+    if tensors:
+        images = np.frombuffer(tensors[0], np.uint8).reshape(header["shape"])
+    return [
+        Question(p["prediction_id"], p["predicted"], p["uncertainty"], image)
+        for p, image in zip(header["predictions"], images, strict=False)
+    ]
+
+
 def _batch(x: Images) -> Images:
     x = np.asarray(x)
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
@@ -103,13 +131,13 @@ def _prediction(answer: Answer) -> Prediction:
     )
 
 
-def _checked(frames: list[bytes]) -> dict[str, Any]:
-    """The header of a reply on the control socket, or the error it tells."""
-    header, _ = protocol.decode_reply(frames)
+def _checked(frames: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+    """Header and tensors of a reply on the control socket, or the error it tells."""
+    header, tensors = protocol.decode_reply(frames)
     error = protocol.reply_error(header)
     if error is not None:
         raise error
-    return header
+    return header, tensors
 
 
 def _label_request(
@@ -394,13 +422,23 @@ class Client(_Connections):
             When this returns, joined labels are on disk.
         """
         return list(
-            self._exchange(_label_request(next(self._ids), prediction_ids, labels, correct, x))["outcomes"]
+            self._exchange(_label_request(next(self._ids), prediction_ids, labels, correct, x))[0]["outcomes"]
         )
+
+    def ask(self, n: int = 16, images: bool = False) -> list[Question]:
+        """Recent predictions whose labels would help most: since the shift, spread over the predicted classes.
+
+        Args:
+            n: how many at most; with images 64 at most.
+            images: whether to send the images too.
+        """
+        request = protocol.Ask(id=next(self._ids), n=n, images=images)
+        return _questions(self._exchange(protocol.encode(request)))
 
     def call(self, request: protocol.Request) -> dict[str, Any]:
         """Send any control request and return its reply's fields."""
         request.id = next(self._ids)
-        return self._exchange(protocol.encode(request))
+        return self._exchange(protocol.encode(request))[0]
 
     def status(self) -> dict[str, Any]:
         """The daemon's state."""
@@ -410,7 +448,7 @@ class Client(_Connections):
         """Every version in the store, oldest first."""
         return list(self.call(protocol.Versions())["versions"])
 
-    def _exchange(self, message: list[bytes]) -> dict[str, Any]:
+    def _exchange(self, message: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
         """Send a control request and wait for its reply."""
         if self._context.closed:
             raise PreconditionError("the client is closed")
@@ -631,12 +669,17 @@ class AsyncClient(_Connections):
     ) -> list[str]:
         """Say what images really showed; see `Client.label`."""
         frames = _label_request(next(self._ids), prediction_ids, labels, correct, x)
-        return list((await self._exchange(frames))["outcomes"])
+        return list((await self._exchange(frames))[0]["outcomes"])
+
+    async def ask(self, n: int = 16, images: bool = False) -> list[Question]:
+        """Predictions whose labels would help most; see `Client.ask`."""
+        request = protocol.Ask(id=next(self._ids), n=n, images=images)
+        return _questions(await self._exchange(protocol.encode(request)))
 
     async def call(self, request: protocol.Request) -> dict[str, Any]:
         """Send any control request and return its reply's fields."""
         request.id = next(self._ids)
-        return await self._exchange(protocol.encode(request))
+        return (await self._exchange(protocol.encode(request)))[0]
 
     async def status(self) -> dict[str, Any]:
         """The daemon's state."""
@@ -720,7 +763,7 @@ class AsyncClient(_Connections):
         if connection is self._daemon:
             self._connect_daemon()  # ends this task at its next wait
 
-    async def _exchange(self, frames: list[bytes]) -> dict[str, Any]:
+    async def _exchange(self, frames: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
         self._check_open()
         connection = self._daemon
         if connection is None or connection.refused_at is not None:  # knock again

@@ -40,6 +40,7 @@ MAX_KEY_CHARS = 64
 MAX_CLIENT_CHARS = 64
 MAX_DTYPE_CHARS = 16
 MAX_DIMENSIONS = 8
+MAX_ASKED_IMAGES = 64
 
 Array = npt.NDArray[Any]
 Buffer = bytes | memoryview  # a frame: copied, or as it lies in the socket's memory
@@ -148,9 +149,14 @@ class Accept(Request, tag_field="op", tag="accept", omit_defaults=True, kw_only=
 
 
 class Ask(Request, tag_field="op", tag="ask", omit_defaults=True, kw_only=True):
-    """Ask which `n` recent predictions are most worth a label."""
+    """Ask which `n` recent predictions are most worth a label.
+
+    Attributes:
+        images: send the images too, of `dtype` and `shape` (N, H, W, C), in a payload frame; then 64 at most.
+    """
 
     n: int = 16
+    images: bool = False
 
 
 class _Refusal(msgspec.Struct):

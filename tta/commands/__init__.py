@@ -18,9 +18,11 @@ from tta.commands import (
     operate,
     package,
     predict,
+    replay,
     serve,
     sign,
     status,
+    top,
     versions,
 )
 from tta.commands.output import use_keys
@@ -40,12 +42,14 @@ for module in (
     label,
     ask,
     status,
+    top,
     versions,
     operate,
     bench,
     keygen,
     sign,
     export,
+    replay,
 ):
     module.register(app)
 
@@ -84,7 +88,7 @@ def main() -> None:
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = "adapt" if error.name in ("torch", "timm", "kornia", "onnx", "onnxscript") else "serve"
-        extra = "all" if error.name in ("sklearn", "matplotlib") else extra
+        extra = "all" if error.name in ("sklearn", "matplotlib", "textual") else extra
         hint = f"install tta with its [{extra}] extra, as in pip install '.[{extra}]'"
         print(f"tta: {error.name} is not installed: {hint}", file=sys.stderr)
         sys.exit(2)

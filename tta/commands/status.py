@@ -51,18 +51,8 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
     """The status as lines of text, for this command and the demo's live view."""
     state = now["state"] + (" (paused)" if now["paused"] else "")
     lines = [f"{now['name']}: {state}, version {now['version']}, regime {now['regime']}, mode {now['mode']}"]
-    shift = now["shift"]
-    if shift:
-        unused = shift["labels_given"] - shift["labels"]
-        worth = {None: "being weighed", True: "worth acting on", False: "no reason to act"}[shift["actionable"]]
-        lines.append(
-            f"  shift      {shift['kind'] or 'not diagnosed yet'}, found by {shift['cause']}, {worth}, "
-            f"{shift['labels']} of {shift['labels_wanted']} labels"
-            + (f" ({unused} more, see labels.client_share)" if unused else "")
-            + (f", only {', '.join(shift['keys'])}" if shift["keys"] else "")
-            + (f", version {shift['proposal']} waits for `tta approve`" if shift["proposal"] else "")
-        )
-        lines += _diagnosis_lines(shift["diagnosis"])
+    for title, line in zip(("shift", "", "", ""), shift_lines(now["shift"]), strict=False):
+        lines.append(f"  {title:<10} {line}")
     if now["adapter"]:
         a = now["adapter"]
         lines.append(f"  adapter    {a['stage']} {a['done']} of {a['total']}")
@@ -96,15 +86,27 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
     return lines
 
 
-def _diagnosis_lines(diagnosis: dict[str, Any] | None) -> list[str]:
-    """How sure the kind is, how far it went, and where it shows most."""
-    if not diagnosis:
+def shift_lines(shift: dict[str, Any] | None) -> list[str]:
+    """Kind, labels, how sure the kind is, how far it went and where it shows most: four lines at most."""
+    if not shift:
         return []
-    return [
-        f"             {100 * diagnosis['confidence']:.0f} % sure, {diagnosis['effect']:.1f} standard deviations, "
-        f"depth {100 * diagnosis['depth']:.0f} %",
-        *(f"             {channel}" for channel in diagnosis["channels"][:2]),
+    unused = shift["labels_given"] - shift["labels"]
+    worth = {None: "being weighed", True: "worth acting on", False: "no reason to act"}[shift["actionable"]]
+    lines = [
+        f"{shift['kind'] or 'not diagnosed yet'}, found by {shift['cause']}, {worth}, "
+        f"{shift['labels']} of {shift['labels_wanted']} labels"
+        + (f" ({unused} more, see labels.client_share)" if unused else "")
+        + (f", only {', '.join(shift['keys'])}" if shift["keys"] else "")
+        + (f", version {shift['proposal']} waits for `tta approve`" if shift["proposal"] else "")
     ]
+    diagnosis = shift["diagnosis"]
+    if diagnosis:
+        lines.append(
+            f"{100 * diagnosis['confidence']:.0f} % sure, {diagnosis['effect']:.1f} standard deviations, "
+            f"depth {100 * diagnosis['depth']:.0f} %"
+        )
+        lines += diagnosis["channels"][:2]
+    return lines
 
 
 def _share(part: int, whole: int) -> str:

@@ -24,12 +24,14 @@ def versions(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_j
         return
     rows = []
     for v in found:
-        rows.append(["→" if v["serving"] else "", v["version"], v["block"] or "–", v["start"] or "–", _why(v)])
+        rows.append(
+            ["→" if v["serving"] else "", v["version"], v["block"] or "–", v["start"] or "–", gate_line(v)]
+        )
     print_table(["", "version", "block", "start", "gate"], rows)
 
 
-def _why(version: dict[str, Any]) -> str:
-    """What the gate found, in a line."""
+def gate_line(version: dict[str, Any]) -> str:
+    """What the gate found of one of `versions`, in a line."""
     verdict = version.get("verdict", {})
     if "damaged" in version:
         return f"damaged: {version['damaged']}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from tta import protocol
 from tta.auth import Clients
@@ -29,6 +30,7 @@ from tta.monitor.reference import confidence
 from tta.versions import SOURCE
 
 Reply = dict[str, Any]
+Array = npt.NDArray[Any]
 MAX_LABELS = 1024  # in one request
 IMAGE_ID_BITS = 52  # of the number of a request's labelled images; times MAX_LABELS they fit SQLite's 63
 MAX_ASKED = 100_000
@@ -67,18 +69,18 @@ class Control:
     # Clients whose labels contradict the others'.
     disagreeing: dict[str, Disagreement] = field(default_factory=dict)
 
-    def handle(self, frames: list[bytes], respond: Callable[[Reply], None], key: str = "") -> None:
+    def handle(self, frames: list[bytes], respond: Callable[..., None], key: str = "") -> None:
         """Answer one request, at once or when the server has swapped; errors become codes.
 
         Args:
             frames: of the request.
-            respond: gets the reply.
+            respond: gets the reply's header and its tensors.
             key: that the sender has proved to hold.
         """
         request_id = protocol.request_id(frames)
 
-        def answer(reply: Reply) -> None:
-            respond({"v": protocol.PROTOCOL_VERSION, "id": request_id, "code": int(Code.OK), **reply})
+        def answer(reply: Reply, *tensors: Array) -> None:
+            respond({"v": protocol.PROTOCOL_VERSION, "id": request_id, "code": int(Code.OK), **reply}, *tensors)
 
         def fail(error: BaseException) -> None:
             respond(protocol.error_reply(request_id, error))
@@ -93,6 +95,8 @@ class Control:
                 self.log.info("command", what=type(request).__name__.lower(), client=client or None)
             if isinstance(request, protocol.Rollback | protocol.Reset):
                 self._serve(request, answer, fail)
+            elif isinstance(request, protocol.Ask):
+                answer(*self._ask(request, client))
             else:
                 answer(self._answer(request, frames, client))
         except TTAError as error:
@@ -136,8 +140,6 @@ class Control:
                 return {"version": self.hand.approve()}
             case protocol.Accept():
                 return {"regime": self.hand.accept()}
-            case protocol.Ask():
-                return {"predictions": self._ask(request.n, client)}
             case protocol.Metadata():
                 return {
                     "name": self.manifest.name,
@@ -244,29 +246,34 @@ class Control:
             self.metrics.labels.labels(outcome).inc()
         return outcomes
 
-    def _ask(self, n: int, client: str) -> list[Reply]:
-        """Recent unlabelled predictions most worth a label: spread over the predicted classes."""
-        if n < 1:
-            raise InputError(f"n = {n}: ask for at least one")
+    def _ask(self, request: protocol.Ask, client: str) -> tuple[Any, ...]:
+        """Unlabelled predictions most worth a label, spread over the predicted classes; and their images."""
+        if request.n < 1:
+            raise InputError(f"n = {request.n}: ask for at least one")
+        n = min(request.n, protocol.MAX_ASKED_IMAGES) if request.images else request.n
         treatment = self.treatment
         since = treatment.case.onset if treatment.cycle.state is State.DRIFTED else 0
         labelled = self.labels.ids_since(since)
         entries = [
             e for e in self.ledger.since(since, RECENT) if e.x is not None and e.prediction_id not in labelled
         ]
-        ranked = rank(np.stack([e.logits for e in entries])) if entries else []
+        ranked = rank(np.stack([e.logits for e in entries]))[:n] if entries else []
         chosen: list[Reply] = [
             {
                 "prediction_id": entries[q.row].prediction_id,
                 "predicted": q.predicted,
                 "uncertainty": q.uncertainty,
             }
-            for q in ranked[:n]
+            for q in ranked
         ]
         self.asked.update((reply["prediction_id"], client) for reply in chosen)
         while len(self.asked) > MAX_ASKED:
             del self.asked[next(iter(self.asked))]
-        return chosen
+        if not request.images:
+            return ({"predictions": chosen},)
+        shown = [x for q in ranked if (x := entries[q.row].x) is not None]
+        x = np.stack(shown) if shown else np.empty((0, *self.manifest.image_shape), np.uint8)
+        return {"predictions": chosen, "dtype": "uint8", "shape": list(x.shape)}, x
 
     # -- versions -----------------------------------------------------------------------------------------
 
@@ -358,6 +365,7 @@ class Control:
             "realised_arl": round(calibration.realised),
             "stickiness": {"repeat": calibration.stickiness.repeat, "class_run": calibration.stickiness.class_run},
             "images_per_s": round(treatment.rate, 3),
+            "traffic": self.metrics.server.totals(),
             "false_alarms_per_day": round(treatment.rate * 86400 / watch.arl, 4),
             "predicted_accuracy": round(treatment.watch.predicted_loss().accuracy, 4),
             "samples": treatment.sequence,

@@ -473,9 +473,9 @@ class Daemon:
     def _answer(self, frames: list[bytes], key: str) -> None:
         identity = frames[0]
 
-        def respond(reply: Reply) -> None:
+        def respond(reply: Reply, *tensors: Array) -> None:
             try:
-                self._control.send_multipart([identity, *encode(reply)], zmq.NOBLOCK)
+                self._control.send_multipart([identity, *encode(reply, *tensors)], zmq.NOBLOCK)
             except zmq.ZMQError:  # the client has gone; what it asked for is done all the same
                 self.log.warning("reply_undeliverable", code=reply.get("code"))
 

@@ -3,6 +3,7 @@
 Prefix `tta_`, base units, closed label sets.
 """
 
+from collections import Counter as TotalsByCode
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -41,10 +42,37 @@ class ServerTotals(Collector):
             oldest, second = sorted(by_epoch)[:2]
             by_epoch[second] = _added(by_epoch.pop(oldest), by_epoch[second], second)
 
+    def totals(self) -> dict[str, Any]:
+        """What `status` tells of the traffic: totals since ever, whose differences are rates and quantiles.
+
+        Returns:
+            `images`, `queue_images`, `requests` and `rejected` by code, `bounds_s` of the buckets of requests'
+            durations, and `durations`, how many fell into each and, last, beyond all.
+        """
+        every = self._every()
+        durations = [0] * (len(DURATION_BUCKETS_S) + 1)
+        for c in every:
+            durations = [
+                a + b for a, b in zip(durations, c.histograms["request_duration_seconds"][0], strict=True)
+            ]
+        return {
+            "images": sum(c.images for c in every),
+            "queue_images": self._queued(),
+            "requests": dict(sum((TotalsByCode(c.requests) for c in every), TotalsByCode())),
+            "rejected": dict(sum((TotalsByCode(c.rejected) for c in every), TotalsByCode())),
+            "bounds_s": list(DURATION_BUCKETS_S),
+            "durations": durations,
+        }
+
+    def _every(self) -> list[Counters]:
+        return [c for by_epoch in self._seen.values() for c in by_epoch.values()]
+
+    def _queued(self) -> int:
+        return sum(by_epoch[max(by_epoch)].queue_images for by_epoch in self._seen.values())
+
     def collect(self) -> Iterator[Any]:
         """Metric families, for prometheus_client."""
-        every = [c for by_epoch in self._seen.values() for c in by_epoch.values()]
-        queued = sum(by_epoch[max(by_epoch)].queue_images for by_epoch in self._seen.values())
+        every, queued = self._every(), self._queued()
         requests = CounterMetricFamily("tta_requests", "Requests answered, by code", labels=["code"])
         rejected = CounterMetricFamily("tta_rejected", "Requests refused on arrival, by code", labels=["code"])
         for family, field in ((requests, "requests"), (rejected, "rejected")):

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class DaemonProcess:
         settings: by dotted name.
         n_servers: with an endpoint each; `endpoint` names them all, with commas.
         credentials: of its clients, where the settings ask for keys.
+        arguments: more of `tta serve`'s; `settings` and the ports win.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class DaemonProcess:
         settings: dict[str, Any],
         n_servers: int = 1,
         credentials: Credentials | None = None,
+        arguments: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -48,6 +51,7 @@ class DaemonProcess:
             **settings,
         }
         self.argv = [sys.executable, "-m", "tta", "serve", str(bundle), "--state", str(folder / "state")]
+        self.argv += arguments
         for key, value in values.items():
             self.argv += ["--set", f"{key}={json.dumps(value)}"]
         self.process: subprocess.Popen[bytes] | None = None

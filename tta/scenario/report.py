@@ -56,14 +56,9 @@ class Report:
 
 def measure(scenario: Scenario, bundle: Path) -> Report:
     """Measure; needs the `serve` extra, since it runs every version again."""
-    expected = _expected_logits(scenario, bundle)
+    expected = expected_logits(scenario, bundle)
     scenario.source_logits = expected[0]
-    mixed = 0
-    for sent in scenario.sent:
-        if sent.logits is not None:
-            want = expected[sent.version][scenario.flat_index(sent)]
-            limit = REPLY_TOLERANCE * max(1.0, float(np.abs(want).max()))
-            mixed += int(np.abs(sent.logits - want).max() > limit)
+    mixed = count_mixed(scenario, expected)
     answered = sum(s.logits is not None for s in scenario.sent)
     reports = [_phase_report(scenario, i, expected[0]) for i in range(len(scenario.phases))]
     clean = [i for i, p in enumerate(scenario.phases) if p.shift_kind == "none"]
@@ -87,11 +82,22 @@ def measure(scenario: Scenario, bundle: Path) -> Report:
     return report
 
 
+def count_mixed(scenario: Scenario, expected: dict[int, Array]) -> int:
+    """How many replies are not what the version they name computes."""
+    mixed = 0
+    for sent in scenario.sent:
+        if sent.logits is not None:
+            want = expected[sent.version][scenario.flat_index(sent)]
+            limit = REPLY_TOLERANCE * max(1.0, float(np.abs(want).max()))
+            mixed += int(np.abs(sent.logits - want).max() > limit)
+    return mixed
+
+
 def _phase_at(scenario: Scenario, sequence: int) -> int:
     return max(i for i, (first, _) in enumerate(scenario.starts) if first <= sequence or i == 0)
 
 
-def _expected_logits(scenario: Scenario, bundle: Path) -> dict[int, Array]:
+def expected_logits(scenario: Scenario, bundle: Path) -> dict[int, Array]:
     """Logits of every image under every version that answered, recomputed from the store."""
     from tta.server.predictor import Predictor
 

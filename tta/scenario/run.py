@@ -25,7 +25,7 @@ class Phase:
         name: shown to people.
         shift_kind: "none", "input" or "output".
         x: (N, H, W, C) uint8, sent in order and again from the start if the phase needs more.
-        y: (N,) what they really show.
+        y: (N,) what they really show; -1: nobody knows, and it gets no label.
         label_fraction: share of predictions that get a label.
         max_labels: of the phase.
         cured: whether the phase waits for another version before it counts `after` images.
@@ -78,6 +78,7 @@ class Scenario:
         rate: images a second, one a request.
         label_delay_s: seconds between a prediction and its label.
         seed: of who gets a label.
+        hold: send nothing while a candidate is being made and judged, as if that took no time.
         view: told the scenario at every look at the daemon.
     """
 
@@ -89,11 +90,13 @@ class Scenario:
         label_delay_s: float = 1.0,
         seed: int = 0,
         view: Callable[["Scenario"], None] = lambda scenario: None,
+        hold: bool = False,
     ) -> None:
         self.daemon = daemon
         self.phases = list(phases)
         self.rate = rate
         self.label_delay_s = label_delay_s
+        self._hold = hold
         self.sent: list[Sent] = []
         self.moments: list[Moment] = []
         self.events: list[dict[str, Any]] = []
@@ -122,7 +125,9 @@ class Scenario:
                 self.starts.append((len(self.sent), self.seconds()))
                 while not self._phase_done():
                     now = self.seconds()
-                    while next_at <= now:
+                    if self._hold and self.status.get("state") == "adapting":
+                        next_at = now + POLL_S
+                    while next_at <= now and not self._all_sent():
                         self._send(client, now)
                         next_at = max(next_at + 1 / self.rate, now - 0.5)
                     self._collect(client, max(0.0, min(next_at - self.seconds(), 0.02)))
@@ -160,6 +165,7 @@ class Scenario:
             phase = self.phases[sent.phase]
             if (
                 sent.phase == self.phase
+                and phase.y[sent.index] >= 0
                 and self.labels_sent[sent.phase] < phase.max_labels
                 and self._rng.random() < phase.label_fraction
             ):
@@ -183,6 +189,11 @@ class Scenario:
         s = self.status
         self.moments.append(Moment(self.seconds(), len(self.sent), s["state"], s["version"], s["drift"]))
         self._view(self)
+
+    def _all_sent(self) -> bool:
+        """Whether a phase that waits for no cure has sent what it has to."""
+        phase = self.phases[self.phase]
+        return not phase.cured and len(self.sent) - self.starts[self.phase][0] >= phase.after
 
     def _phase_done(self) -> bool:
         phase, (first, began) = self.phases[self.phase], self.starts[self.phase]
@@ -220,10 +231,10 @@ class Scenario:
         return next(i for i, s in enumerate(self.sent[first:], first) if s.version == version)
 
     def recent_accuracy(self, n: int = 100) -> float | None:
-        """Of the last answered, unlabelled images."""
+        """Of the last answered, unlabelled images whose class is known."""
         right = []
         for sent in reversed(self.sent):
-            if sent.logits is not None and not sent.labelled:
+            if sent.logits is not None and not sent.labelled and self.is_known(sent):
                 right.append(self.is_right(sent))
                 if len(right) == n:
                     break
@@ -232,6 +243,10 @@ class Scenario:
     def flat_index(self, sent: Sent) -> int:
         """Place of its image among the images of all phases."""
         return sum(len(p.x) for p in self.phases[: sent.phase]) + sent.index
+
+    def is_known(self, sent: Sent) -> bool:
+        """Whether it is known what its image shows."""
+        return bool(self.phases[sent.phase].y[sent.index] >= 0)
 
     def is_right(self, sent: Sent) -> bool:
         """Whether its answer names what the image shows."""
