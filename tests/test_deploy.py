@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client import generate_latest
 
 from tta.bundle import Bundle
@@ -34,6 +35,7 @@ def exported(bundle: Bundle) -> set[str]:
     metrics.phase_s.labels("gate").observe(1)
     metrics.accuracy.labels("serving").set(1)
     metrics.transitions.labels("alarm").inc()
+    metrics.gate_accuracy.labels("candidate", "gate").set(1)
     metrics.show_disagreeing(["anna"])
     metrics.server.update(
         Counters(
@@ -76,7 +78,7 @@ def test_every_query_names_metrics_that_exist(bundle: Bundle) -> None:
 
 
 def test_the_dashboard_is_the_script_s() -> None:
-    """dashboards/tta.json is what make_dashboard.py writes."""
+    """dashboards/tta.json is what make_dashboard.py writes, and Grafana's own types read it."""
     path = DEPLOY / "grafana" / "make_dashboard.py"
     spec = importlib.util.spec_from_file_location("make_dashboard", path)
     assert spec is not None
@@ -84,7 +86,12 @@ def test_the_dashboard_is_the_script_s() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    assert json.loads((DEPLOY / "grafana" / "dashboards" / "tta.json").read_text()) == module.dashboard()
+    written = json.loads((DEPLOY / "grafana" / "dashboards" / "tta.json").read_text())
+    read = Dashboard.from_json(written)
+
+    assert written == module.dashboard()
+    assert read.panels is not None
+    assert len({panel.id_val for panel in read.panels}) == len(read.panels) == len(written["panels"])
 
 
 def test_server_totals_survive_a_restart(bundle: Bundle) -> None:

@@ -520,6 +520,7 @@ class Daemon:
         m, treatment, watch = self.metrics, self.treatment, self.treatment.watch
         self._measure_rate(now)
         m.show_drift(watch.layout.names, watch.monitor.charts.statistic)
+        m.show_shift(treatment.case.cause != "", treatment.case.kind)
         m.class_statistic.set(watch.monitor.classes.statistic)
         m.conformal_statistic.set(watch.monitor.conformal.statistic)
         m.label_statistic.set(watch.label_statistic)

@@ -3,6 +3,7 @@
 Prefix `tta_`, base units, closed label sets.
 """
 
+import time
 from collections import Counter as TotalsByCode
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from tta.daemon.gate import Verdict
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters
 
 WORKERS = ("shadow", "adapter")
+KINDS = ("input", "feature", "prior", "output", "unknown")  # of shifts
 PHASE_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 _HISTOGRAMS = {
@@ -76,7 +78,8 @@ class ServerTotals(Collector):
         requests = CounterMetricFamily("tta_requests", "Requests answered, by code", labels=["code"])
         rejected = CounterMetricFamily("tta_rejected", "Requests refused on arrival, by code", labels=["code"])
         for family, field in ((requests, "requests"), (rejected, "rejected")):
-            for code in sorted({code for c in every for code in getattr(c, field)}):
+            usual = {"ok"} if field == "requests" else {"resource_exhausted", "deadline_exceeded"}
+            for code in sorted(usual.union(*(getattr(c, field) for c in every))):
                 family.add_metric([code], sum(getattr(c, field).get(code, 0) for c in every))
             yield family
         for name, text, field in (
@@ -140,6 +143,10 @@ class Metrics:
             "drift_statistic", "Chart over its threshold; above 1 is an alarm", "block"
         )
         self.drift_detected = self._gauge("drift_detected", "1 while a shift is being dealt with")
+        self.shift = self._gauge("shift", "1 for the kind of the present shift; unknown until diagnosed", "kind")
+        self.shift_start = self._gauge(
+            "shift_start_timestamp_seconds", "Unix time at which the present shift was found; 0 without one"
+        )
         self.label_statistic = self._gauge("label_statistic", "Error test over its threshold; above 1 is an alarm")
         self.class_statistic = self._gauge(
             "class_statistic", "Histogram of predicted classes over its threshold; above 1 is another class mix"
@@ -166,6 +173,7 @@ class Metrics:
             "client_disagrees", "1 for a client whose labels contradict the others'", "client"
         )
         self._disagreed: set[str] = set()  # at any time
+        self._in_case = False
         self.labels_buffered = self._gauge("labels_buffered", "Labels on disk")
         self.labels_wanted = self._gauge("labels_wanted", "Labels still wanted before the next adaptation")
         self.accuracy = self._gauge("labelled_accuracy", "Accuracy on the last labels, 0 to 1", "model")
@@ -215,8 +223,11 @@ class Metrics:
             self.state.labels(state.value).set(0)
         for cause in ("charts", "labels", "operator"):
             self.alarms.labels(cause)
-        for kind in ("input", "feature", "prior", "output"):
+        for kind in KINDS:
+            self.shift.labels(kind).set(0)
             self.notices.labels(kind)
+        for reason in ("promotion", "relief", "recall", "rollback", "reset"):
+            self.swaps.labels(reason, "ok")
         for outcome in ("joined", "no_input", "expired", "unknown", "contested"):
             self.labels.labels(outcome)
         for process in processes:
@@ -234,6 +245,14 @@ class Metrics:
         for each in State:
             self.state.labels(each.value).set(float(each is state))
         self.drift_detected.set(float(state in (State.DRIFTED, State.ADAPTING)))
+
+    def show_shift(self, in_case: bool, kind: str) -> None:
+        """Set whether there is a shift, of which kind ("": not diagnosed yet), and when it was found."""
+        for each in KINDS:
+            self.shift.labels(each).set(float(in_case and each == (kind if kind in KINDS else "unknown")))
+        if in_case != self._in_case:
+            self.shift_start.set(time.time() if in_case else 0)
+            self._in_case = in_case
 
     def show_verdict(self, verdict: Verdict) -> None:
         """Set the gate's gauges."""
