@@ -3,11 +3,18 @@
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import requires
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from prometheus_client import generate_latest
 
 from tta.bundle import Bundle
@@ -19,6 +26,7 @@ from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
+EXTRAS = ("", "daemon", "serve", "serve-cpu", "adapt")
 
 
 def names_in(text: str) -> set[str]:
@@ -169,3 +177,57 @@ def test_compose_points_at_files_that_exist(monkeypatch: pytest.MonkeyPatch) -> 
     assert load_config(ROOT / "configs" / "docker.yaml").daemon.http.endswith(":9100")
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert f"AS {compose['services']['tta']['build']['target']}" in dockerfile
+
+
+def test_kubernetes_takes_the_manifests() -> None:
+    """Kubernetes' own schema has nothing against them, and ports, settings and labels are those of the daemon."""
+    folder = DEPLOY / "kubernetes"
+    names = yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+    made = [each for name in names for each in yaml.safe_load_all((folder / name).read_text())]
+    by_kind = {each["kind"]: each for each in made}
+    pod = by_kind["StatefulSet"]["spec"]["template"]["spec"]
+    config = load_config(folder / "tta.yaml")
+    container, service = pod["containers"][0], by_kind["Service"]["spec"]["ports"]
+    gpu = yaml.safe_load((folder / "gpu.yaml").read_text())["spec"]["template"]["spec"]["containers"][0]
+
+    for each in made:
+        if each["kind"] != "ServiceMonitor":  # the Prometheus operator's own, of which no schema is at hand
+            kustomized = {**each, "spec": {**each["spec"]}}
+            if each["kind"] == "StatefulSet":  # kustomize adds it
+                kustomized["spec"]["selector"] = {"matchLabels": {"app.kubernetes.io/name": "tta"}}
+            kubernetes_validate.validate(kustomized, kubernetes_validate.latest_version(), strict=True)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert {port["name"]: port["port"] for port in service} == ports
+    addresses = (config.server.endpoint, config.daemon.control, config.daemon.http)
+    assert [int(address.rpartition(":")[2]) for address in addresses] == list(ports.values())
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    needed = (config.bundle, config.state, config.security.key, config.security.clients)
+    assert all(mounted & {str(path), str(path and path.parent)} for path in needed)
+    assert gpu["name"] == container["name"]
+    assert by_kind["ServiceMonitor"]["spec"]["endpoints"][0]["port"] in ports
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    """systemd-analyze verify has nothing against the unit once tta is where it says."""
+    unit = (DEPLOY / "systemd" / "tta.service").read_text()
+    (tmp_path / "tta.service").write_text(unit.replace("/opt/tta/bin/tta", sys.executable))
+
+    command = ["systemd-analyze", "verify", str(tmp_path / "tta.service")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert done.stdout + done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_constraints_pin_what_is_installed() -> None:
+    """Every pin of the images is a release that tta asks for, and nothing it needs is without one."""
+    lines = (DEPLOY / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    needs = [Requirement(text) for text in requires("tta-daemon") or []]
+    served = [n for n in needs if n.marker is None or any(n.marker.evaluate({"extra": e}) for e in EXTRAS)]
+
+    assert len(served) > 10
+    for need in served:
+        if need.name != "tta-daemon":
+            assert need.specifier.contains(pinned[canonicalize_name(need.name)], prereleases=True), need

@@ -259,6 +259,11 @@ def source_is_importable(source: str) -> bool:
         return True
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    return is_installed(module)
+
+
+def is_installed(module: str) -> bool:
+    """Whether a top-level module is there; nothing is imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

@@ -51,6 +51,8 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
     """The status as lines of text, for this command and the demo's live view."""
     state = now["state"] + (" (paused)" if now["paused"] else "")
     lines = [f"{now['name']}: {state}, version {now['version']}, regime {now['regime']}, mode {now['mode']}"]
+    if now["mode_reason"]:
+        lines.append(f"  mode       {now['mode_reason']}")
     for title, line in zip(("shift", "", "", ""), shift_lines(now["shift"]), strict=False):
         lines.append(f"  {title:<10} {line}")
     if now["adapter"]:

@@ -65,6 +65,7 @@ class Control:
     ready: Callable[[], bool]
     log: Logger
     clients: Clients | None = None  # None: nobody is asked for a key
+    mode_reason: str = ""  # why the mode is not the configured one
     asked: dict[int, str] = field(default_factory=dict)  # predictions named by `ask`, oldest first, and to whom
     # Clients whose labels contradict the others'.
     disagreeing: dict[str, Disagreement] = field(default_factory=dict)
@@ -337,6 +338,7 @@ class Control:
                 for r in treatment.library.regimes.values()
             ],
             "mode": self.config.mode,
+            "mode_reason": self.mode_reason,
             "paused": case.paused,
             "shift": {
                 "cause": case.cause,

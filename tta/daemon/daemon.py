@@ -18,7 +18,7 @@ import numpy as np
 import zmq
 
 from tta.auth import Clients, Doorkeeper, key_of
-from tta.bundle import check_signed, load_bundle, source_is_importable
+from tta.bundle import check_signed, is_installed, load_bundle, source_is_importable
 from tta.config import Config
 from tta.connection import prepare_listener
 from tta.daemon.calibrations import Calibrations
@@ -81,6 +81,7 @@ class Daemon:
         self._early: list[tuple[float, list[bytes], str]] = []
         self._doorkeeper: Doorkeeper | None = None
         self._own_key = ""  # public, as it was read last
+        self.mode_reason = ""  # why the mode is not the configured one
 
     # -- startup ------------------------------------------------------------------------------------------
 
@@ -90,8 +91,9 @@ class Daemon:
         Raises:
             TTAError: whatever keeps it from serving; the message says what to do.
         """
-        config = self.config
         allow_files()
+        self._take_what_is_installed()
+        config = self.config
         self.bundle = load_bundle(config.bundle)
         self.trust, key = self._trust()  # before anything is done with what the bundle says
         manifest = self.bundle.manifest
@@ -171,6 +173,7 @@ class Daemon:
             self.ready,
             self.log,
             self._doorkeeper.clients if self._doorkeeper is not None else None,
+            mode_reason=self.mode_reason,
         )
         self.http = HttpServer(config.daemon.http, self.metrics.registry, self.live, self.ready)
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -187,6 +190,15 @@ class Daemon:
             version=self.treatment.case.serving,
             state=self.treatment.cycle.state,
         )
+
+    def _take_what_is_installed(self) -> None:
+        """Without torch there is no adapter: then the mode is off, and log and status say why."""
+        if self.config.mode == "off" or is_installed("torch"):
+            return
+        why = "torch is not installed: `pip install 'tta-daemon[adapt]'`, or the image's target `full`"
+        self.log.warning("monitor_only", wanted=f"mode: {self.config.mode}", in_force="mode: off", reason=why)
+        self.config = self.config.model_copy(update={"mode": "off"})
+        self.mode_reason = why
 
     def _trust(self) -> tuple[Trust, SigningKey | None]:
         """What the other processes take for genuine, and what versions are signed with."""
