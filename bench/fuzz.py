@@ -36,7 +36,7 @@ from tta.config import load_config
 from tta.daemon.files import read_arrays, read_json, write_arrays, write_json
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.errors import ConfigError, TTAError
-from tta.images import read_image
+from tta.images import decode_picture, read_image
 from tta.keys import read_key_pair, read_public_key
 from tta.signatures import SigningKey, signer_of
 from tta.versions import load_version
@@ -94,7 +94,10 @@ def data_request(data: bytes) -> None:
     frames = _frames(data)
     protocol.request_id(frames)
     request = protocol.decode_data(frames)
-    if isinstance(request, protocol.Predict):
+    if isinstance(request, protocol.Predict) and request.dtype == protocol.PICTURES:
+        for picture in protocol.split_pictures(frames, request.shape, request.sizes):
+            decode_picture(picture, IMAGE_SHAPE, "crop")
+    elif isinstance(request, protocol.Predict):
         protocol.decode_images(frames, request.dtype, request.shape, IMAGE_SHAPE)
 
 
@@ -222,6 +225,13 @@ def feed(name: str, data: bytes) -> None:
         return
 
 
+# A picture of one grey pixel.
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001e221bc33"
+    "0000000049454e44ae426082"
+)
+
+
 @lru_cache
 def examples(name: str) -> list[bytes]:
     """Well-formed inputs of a target."""
@@ -231,6 +241,9 @@ def examples(name: str) -> list[bytes]:
     of_kind: dict[str, Callable[[], list[bytes]]] = {
         "data_request": lambda: [
             _framed(protocol.encode(predict, x)),
+            _framed(
+                [*protocol.encode(protocol.Predict(dtype="bytes", shape=[1], sizes=[len(PNG)], top_k=1)), PNG]
+            ),
             *(
                 _framed(protocol.encode(each(id="a")))
                 for each in (protocol.Ready, protocol.Metadata, protocol.Cancel)

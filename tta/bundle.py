@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tta.errors import BundleError
+from tta.preprocessing import recipe, recipe_hash
 from tta.signatures import SIGNATURES, SigningKey, read_signatures, signer_of, with_signature
 
 FORMAT = 3
@@ -81,6 +82,12 @@ class Manifest(msgspec.Struct, frozen=True):
     parity: dict[str, float]
     tools: dict[str, str]
     sha256: dict[str, str]
+    preprocessing_sha256: str = ""
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What happens to a picture before the network sees it; see `tta.preprocessing`."""
+        return recipe(self.image_shape, self.resize, self.mean, self.std)
 
     @property
     def n_classes(self) -> int:
@@ -158,6 +165,13 @@ def load_bundle(path: str | os.PathLike[str], sha256: str = "") -> Bundle:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{root}: manifest.json cannot be read ({error}): package the model again") from error
+    computed = recipe_hash(manifest.preprocessing)
+    if manifest.preprocessing_sha256 not in ("", computed):
+        raise BundleError(
+            f"{root}: the manifest's preprocessing has hash {computed}, it says {manifest.preprocessing_sha256}: "
+            "package the model again with this release"
+        )
+    manifest = msgspec.structs.replace(manifest, preprocessing_sha256=computed)
     if manifest.format != FORMAT:
         raise BundleError(f"{root}: bundle format {manifest.format}, this tta reads {FORMAT}: package again")
     files: dict[str, bytes] = {}

@@ -42,6 +42,7 @@ ATTEMPTS = 4  # at most, of a request without an answer, in its time
 MAX_POLL_S = 60.0  # a poll takes no infinity
 
 Images = npt.NDArray[np.uint8]
+Pictures = bytes | Sequence[bytes]  # JPEG or PNG files
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,17 @@ def _batch(x: Images) -> Images:
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise InputError(f"expected images (N, H, W, C) or (H, W, C) of uint8, got {x.dtype}{x.shape}")
     return x[None] if x.ndim == 3 else x
+
+
+def _payload(x: Images | Pictures) -> tuple[str, list[int], list[int], bytes]:
+    """Dtype, shape and sizes of a request for images or files, and its payload."""
+    files = (
+        [x] if isinstance(x, bytes) else [f for f in x if isinstance(f, bytes)] if isinstance(x, Sequence) else []
+    )
+    if files and (isinstance(x, bytes) or len(files) == len(x)):
+        return protocol.PICTURES, [len(files)], [len(file) for file in files], b"".join(files)
+    images = _batch(np.asarray(x))
+    return str(images.dtype), list(images.shape), [], protocol.tensor_bytes(images)
 
 
 def _opened(answer: Answer) -> tuple[dict[str, Any], list[bytes]]:
@@ -196,13 +208,14 @@ class _Connections:
             lambda: self._silence(self._servers, self._endpoints),
         )
 
-    def _add(self, x: Images, deadline_s: float | None, key: str | None, observe: bool) -> int:
-        """Take a request for images; it goes with the next turn."""
-        x = _batch(x)
+    def _add(self, x: Images | Pictures, deadline_s: float | None, key: str | None, observe: bool) -> int:
+        """Take a request for images or files; it goes with the next turn."""
+        dtype, shape, sizes, payload = _payload(x)
         request = protocol.Predict(
             id=next(self._ids),
-            dtype=str(x.dtype),
-            shape=list(x.shape),
+            dtype=dtype,
+            shape=shape,
+            sizes=sizes,
             deadline_s=deadline_s,
             key=key,
             client=self._name,
@@ -210,7 +223,7 @@ class _Connections:
         )
         now = time.monotonic()
         deadline = float("inf") if deadline_s is None else now + deadline_s
-        self._outstanding.add(request, [protocol.tensor_bytes(x)], len(x), now + self.timeout_s, deadline)
+        self._outstanding.add(request, [payload], shape[0], now + self.timeout_s, deadline)
         return int(request.id)
 
     def _add_question(self, request: protocol.Request) -> int | str:
@@ -311,12 +324,13 @@ class Client(_Connections):
             self._context.destroy(linger=0)
 
     def predict(
-        self, x: Images, deadline_s: float | None = None, key: str | None = None, observe: bool = True
+        self, x: Images | Pictures, deadline_s: float | None = None, key: str | None = None, observe: bool = True
     ) -> Prediction:
         """Classify images.
 
         Args:
-            x: (N, H, W, C) or (H, W, C) uint8 of the model's size.
+            x: (N, H, W, C) or (H, W, C) uint8 of the model's size; or a JPEG or PNG file's bytes, or a list of
+                those, which the server decodes and brings to size as the model's reference was.
             deadline_s: let the server drop the request if it cannot start in time.
             key: who sent it (a camera, say).
             observe: False keeps the images away from the monitor: probes and load tests are no traffic.
@@ -328,7 +342,7 @@ class Client(_Connections):
 
     def predict_many(
         self,
-        batches: Iterable[Images],
+        batches: Iterable[Images | Pictures],
         deadline_s: float | None = None,
         key: str | None = None,
         observe: bool = True,
@@ -357,7 +371,7 @@ class Client(_Connections):
                 self._outstanding.forget(request_id)
 
     def submit(
-        self, x: Images, deadline_s: float | None = None, key: str | None = None, observe: bool = True
+        self, x: Images | Pictures, deadline_s: float | None = None, key: str | None = None, observe: bool = True
     ) -> int:
         """Send a request without waiting for its answer, which comes out of `results`. Returns its id.
 
@@ -643,7 +657,7 @@ class AsyncClient(_Connections):
         self._fail(UnavailableError("the client was closed before an answer came"))
 
     async def predict(
-        self, x: Images, deadline_s: float | None = None, key: str | None = None, observe: bool = True
+        self, x: Images | Pictures, deadline_s: float | None = None, key: str | None = None, observe: bool = True
     ) -> Prediction:
         """Classify images; see `Client.predict`. A task that is cancelled cancels its request at the server."""
         self._check_open()

@@ -1,5 +1,6 @@
 """Pictures as arrays: folders of class folders, single files, `.npz`. Needs Pillow and numpy only."""
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from tta.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 RESIZES = ("crop", "stretch")
+WIRE_FORMATS = ["JPEG", "PNG"]
+MAX_PIXELS = 50_000_000  # of a picture; a small file can claim to be any size
 
 Array = npt.NDArray[Any]
 
@@ -30,12 +33,38 @@ def read_image(path: Path, image_shape: Sequence[int], resize: str) -> Array:
     Raises:
         InputError: not a picture.
     """
-    height, width, channels = image_shape
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
+        return _decoded(path, image_shape, resize, None)
     except Exception as error:  # of damaged pictures the decoders raise whatever they like
         raise InputError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def decode_picture(data: bytes | memoryview, image_shape: Sequence[int], resize: str) -> Array:
+    """Decode a JPEG or PNG file that came over the wire, exactly as `read_image` reads one from disk.
+
+    Args:
+        data: the file's bytes.
+        image_shape: see `read_image`.
+        resize: see `read_image`.
+
+    Returns:
+        (H, W, C) uint8.
+
+    Raises:
+        InputError: neither JPEG nor PNG, damaged, or of more than `MAX_PIXELS`.
+    """
+    try:
+        return _decoded(io.BytesIO(data), image_shape, resize, WIRE_FORMATS)
+    except Exception as error:
+        raise InputError(f"not a JPEG or PNG file that can be read: {error}") from error
+
+
+def _decoded(file: Path | io.BytesIO, image_shape: Sequence[int], resize: str, formats: list[str] | None) -> Array:
+    height, width, channels = image_shape
+    with Image.open(file, formats=formats) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{opened.width}x{opened.height} are more than {MAX_PIXELS:,} pixels")
+        image = opened.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         if resize == "crop":
             scale = max(width / image.width, height / image.height)

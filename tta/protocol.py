@@ -7,9 +7,11 @@ row-major and unpadded (the rules of KServe v2's raw tensors); their dtype and s
     control socket   label | status | versions | rollback | reset | pause | resume | adapt | approve | accept
                      | ask | metadata | ready
 
-    predict  → {v:1, op:"predict", id, dtype:"uint8", shape:[N,H,W,C], deadline_s?, key?, client?, observe?}
-               + image bytes
+    predict  → {v:1, op:"predict", id, dtype:"uint8", shape:[N,H,W,C], deadline_s?, key?, client?, observe?,
+               top_k?, preprocessing?} + image bytes
+      files  → {v:1, op:"predict", id, dtype:"bytes", shape:[N], sizes:[...], ...} + JPEG or PNG files in a row
     ←          {v:1, id, code:0, version, prediction_id, credit, queue_s, compute_s, shape:[N,K]} + float32 logits
+      top_k  ← the same with top:[[{class, name, probability}...]...] instead of logits
     error ←    {v:1, id, code, error, retry_after_s?}
 
 `id` is the client's and comes back untouched. `prediction_id` names the first image of the request, the
@@ -21,6 +23,7 @@ own, with `cancelled`. Unknown header fields are ignored, so that fields can be 
 goes: frame count, version, operation, sizes, content.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -41,6 +44,8 @@ MAX_CLIENT_CHARS = 64
 MAX_DTYPE_CHARS = 16
 MAX_DIMENSIONS = 8
 MAX_ASKED_IMAGES = 64
+MAX_PICTURES = 1024  # files in one request
+PICTURES = "bytes"  # the dtype of files, as KServe v2 names it
 
 Array = npt.NDArray[Any]
 Buffer = bytes | memoryview  # a frame: copied, or as it lies in the socket's memory
@@ -59,8 +64,12 @@ class Predict(Request, tag_field="op", tag="predict", omit_defaults=True, kw_onl
     """Classify the images of the payload frame.
 
     Attributes:
-        dtype: "uint8".
-        shape: (N, H, W, C).
+        dtype: "uint8", or "bytes" for JPEG or PNG files, which the server brings to the model's size as the
+            reference was: a client's own resizing is a shift of its own.
+        shape: (N, H, W, C); of files (N).
+        sizes: bytes of each file, at most 1024 of them; the payload is the files one after another.
+        top_k: answer with the names and probabilities of so many classes, the likeliest first, and no logits.
+        preprocessing: hash of the recipe the images were made by, as `metadata` tells it: another one is refused.
         deadline_s: drop the request unless it can start within this many seconds of its arrival.
         key: who sent it (camera, client), at most 64 characters: so that one chatty source does not drown the
             others in the drift charts, and a shift of one is told from a shift of all.
@@ -72,6 +81,9 @@ class Predict(Request, tag_field="op", tag="predict", omit_defaults=True, kw_onl
 
     dtype: Annotated[str, msgspec.Meta(max_length=MAX_DTYPE_CHARS)]
     shape: Annotated[list[int], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+    sizes: Annotated[list[int], msgspec.Meta(max_length=MAX_PICTURES)] = []
+    top_k: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    preprocessing: Annotated[str, msgspec.Meta(max_length=MAX_KEY_CHARS)] | None = None
     deadline_s: float | None = None
     key: Annotated[str, msgspec.Meta(max_length=MAX_KEY_CHARS)] | None = None
     client: Annotated[str, msgspec.Meta(max_length=MAX_CLIENT_CHARS)] | None = None
@@ -291,7 +303,9 @@ def decode_images(frames: Sequence[Buffer], dtype: str, shape: Sequence[int], im
     if len(frames) != 2:
         raise ProtocolError("a payload frame with the image bytes must follow the header")
     if dtype != "uint8":
-        raise InputError(f"dtype {dtype!r} is not taken: send uint8, the model normalises itself")
+        raise InputError(
+            f'dtype {dtype!r} is not taken: send uint8, the model normalises itself, or "bytes" of files'
+        )
     if len(shape) != 4 or tuple(shape[1:]) != tuple(image_shape) or shape[0] < 1:
         hint = ": send channels last" if sorted(shape[1:]) == sorted(image_shape) else ""
         want = ", ".join(map(str, image_shape))
@@ -300,6 +314,30 @@ def decode_images(frames: Sequence[Buffer], dtype: str, shape: Sequence[int], im
     if len(frames[1]) != size:
         raise ProtocolError(f"payload has {len(frames[1])} bytes, shape {tuple(shape)} of uint8 needs {size}")
     return np.frombuffer(frames[1], np.uint8).reshape(shape)
+
+
+def split_pictures(frames: Sequence[Buffer], shape: Sequence[int], sizes: Sequence[int]) -> list[memoryview]:
+    """View the payload frame as files; nothing is copied or decoded.
+
+    Args:
+        frames: header and payload.
+        shape: what the header says; must be (N,) with N >= 1.
+        sizes: bytes of each file.
+
+    Raises:
+        ProtocolError: the payload frame is missing or has another length than the sizes say.
+        InputError: shape and sizes do not agree.
+    """
+    if len(frames) != 2:
+        raise ProtocolError("a payload frame with the pictures must follow the header")
+    if len(shape) != 1 or shape[0] != len(sizes) or not sizes or min(sizes) < 1:
+        raise InputError(
+            f"shape {tuple(shape)} and {len(sizes)} sizes: give [N] and the bytes of each of N >= 1 files"
+        )
+    if sum(sizes) != len(frames[1]):
+        raise ProtocolError(f"payload has {len(frames[1])} bytes, the sizes of its files come to {sum(sizes)}")
+    payload, ends = memoryview(frames[1]), list(itertools.accumulate(sizes, initial=0))
+    return [payload[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 def decode_reply(frames: Sequence[bytes]) -> tuple[dict[str, Any], list[bytes]]:

@@ -14,10 +14,18 @@ import numpy as np
 
 from tta import protocol
 from tta.errors import OverloadedError
+from tta.server.frontend import top_classes
 
 HERE = Path(__file__).parent
 X = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
 LOGITS = np.array([[1.5, -2.0, 0.25]], np.float32)
+PNG = np.frombuffer(  # one grey pixel
+    bytes.fromhex(
+        "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001e221bc33"
+        "0000000049454e44ae426082"
+    ),
+    np.uint8,
+)
 ID = 1_795_375_037_838_307  # a prediction's
 
 Header = msgspec.Struct | dict[str, Any]
@@ -31,6 +39,20 @@ def messages() -> dict[str, tuple[str, str, Header, tuple[Any, ...]]]:
             *("data", "client"),
             protocol.Predict(id=1, dtype="uint8", shape=[1, 2, 2, 3], client="4f1d", deadline_s=0.5),
             (X,),
+        ),
+        "predict of a file": (
+            *("data", "client"),
+            protocol.Predict(id=9, dtype="bytes", shape=[1], sizes=[len(PNG)], top_k=2),
+            (PNG,),
+        ),
+        "its answer, by name": (
+            *("data", "server"),
+            {
+                **{**ok, "id": 9, "version": 3, "prediction_id": ID + 1, "credit": 256},
+                **{"queue_s": 0.000125, "compute_s": 0.0015, "shape": [1, 3]},
+                "top": top_classes(LOGITS, 2, ["cat", "dog", "frog"]),
+            },
+            (),
         ),
         "predict's answer": (
             *("data", "server"),

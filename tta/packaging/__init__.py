@@ -22,6 +22,8 @@ from tta.monitor.reference import MIN_REFERENCE
 from tta.packaging.blocks import BlockPlan, partition
 from tta.packaging.export import Served, Taps, export
 from tta.packaging.reference import fit_whitening, raw_features, reference_arrays
+from tta.preprocessing import recipe as steps_of
+from tta.preprocessing import recipe_hash
 
 N_PARITY = 256
 PARITY_TOLERANCE = 1e-3  # of the largest logit
@@ -134,6 +136,7 @@ def package(
         "resize": recipe.resize,
         "mean": list(recipe.mean),
         "std": list(recipe.std),
+        "preprocessing_sha256": recipe_hash(steps_of(recipe.image_shape, recipe.resize, recipe.mean, recipe.std)),
         "classes": list(classes),
         "blocks": _block_entries(blocks, tensors, whitening.widths),
         "reference_accuracy": float((predictions == y).mean()),

@@ -148,7 +148,8 @@ class Server:
         self.batcher.close()
         while time.monotonic() < end and self.inference.is_alive():
             self.frontend.tick()
-        self.frontend.finish(Failed(self.batcher.clear(), UnavailableError("the server went down", 1.0)))
+        left = [*self.batcher.clear(), *self.frontend.undecoded()]
+        self.frontend.finish(Failed(left, UnavailableError("the server went down", 1.0)))
         self.frontend.close()
         self.context.destroy(linger=1000)
         self.log.info("server_stopped")
@@ -180,7 +181,7 @@ class Server:
                 except Exception as error:  # whatever the runtime raises, the clients get an answer
                     self.log.exception("batch_failed", error=str(error))
                     self.frontend.finish(Failed(batch, error))
-            elif not dropped and draining:
+            elif not dropped and draining and not self.frontend.decoding:
                 break
             elif time.monotonic() - max(self.inferred, sang) >= CANARY_S:
                 sang = time.monotonic()

@@ -17,6 +17,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,8 @@ class Pending:
         key: who sent it; "" for nobody in particular.
         observed: whether the daemon learns of it.
         client: the client's own name, under which a repeated id is known; "" if it gave none.
+        top_k: classes to name in the answer instead of logits; 0 for logits.
+        files: JPEG or PNG, until they are decoded; `x` is then a placeholder of the same length.
         reply_to: identity that the answer goes to: another one if the client has asked again from there.
         cancelled: nobody wants the answer any more.
         evicted: refused after all, to make room for others.
@@ -58,6 +61,8 @@ class Pending:
     key: str = ""
     observed: bool = True
     client: str = ""
+    top_k: int = 0
+    files: Sequence[memoryview] = ()
     reply_to: bytes = field(default=b"", init=False)
     cancelled: bool = field(default=False, init=False)
     evicted: bool = field(default=False, init=False)
@@ -222,7 +227,7 @@ class Batcher:
             excess -= len(victim.x)
             self._forget(victim)
             victim.evicted = True
-            victim.x = victim.x[:0].copy()  # the heap holds it until its turn, without images
+            victim.x, victim.files = victim.x[:0].copy(), ()  # the heap holds it until its turn, without images
             evicted.append(victim)
         return evicted
 

@@ -26,6 +26,7 @@ from tta.bundle import Manifest
 from tta.connection import prepare_listener
 from tta.errors import CancelledError, Code, DeadlineError, InputError, TTAError, UnavailableError
 from tta.server.batcher import Batcher, Pending
+from tta.server.decoder import Decoder
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, ServerOptions
 from tta.server.repeats import Repeats
 
@@ -181,6 +182,9 @@ class Frontend:
         self._late_at = 0.0  # monotonic seconds, when they are tried again
         self._finished: deque[Computed | Failed] = deque()  # from the inference thread
         self._admin_replies: deque[list[bytes]] = deque()  # from the builder thread
+        self._decoded: deque[tuple[Pending, BaseException | None]] = deque()  # from the decoder thread
+        self._decoder = Decoder(options, manifest, self._hand_over)
+        self.decoding = 0  # requests whose files are not in the batcher yet
         self._wake, self._waker = os.pipe()
         os.set_blocking(self._wake, False)
         os.set_blocking(self._waker, False)
@@ -231,10 +235,16 @@ class Frontend:
             socket.close()
         if self._doorkeeper is not None:
             self._doorkeeper.socket.close()
+        self._decoder.stop()
 
     def finish(self, batch: Computed | Failed) -> None:
         """Inference thread: hand a batch over."""
         self._finished.append(batch)
+        self._wake_up()
+
+    def _hand_over(self, request: Pending, error: BaseException | None) -> None:
+        """Decoder thread: hand a request over whose files are images now, or are none."""
+        self._decoded.append((request, error))
         self._wake_up()
 
     def answer_admin(self, identity: bytes, reply: dict[str, Any]) -> None:
@@ -291,19 +301,56 @@ class Frontend:
             return
         if self.draining:
             raise UnavailableError("draining: the server is going down", 1.0)
-        x = protocol.decode_images(frames, request.dtype, request.shape, self.manifest.image_shape)
+        if request.preprocessing is not None and request.preprocessing != self.manifest.preprocessing_sha256:
+            raise InputError(
+                f"images were prepared by recipe {request.preprocessing!r}, the model is made for "
+                f"{self.manifest.preprocessing_sha256!r}: see `preprocessing` of its metadata"
+            )
+        files: Sequence[memoryview] = ()
+        if request.dtype == protocol.PICTURES:
+            files = protocol.split_pictures(frames, request.shape, request.sizes)
+            x = np.empty((len(files), 0), np.uint8)
+        else:
+            x = protocol.decode_images(frames, request.dtype, request.shape, self.manifest.image_shape)
         if len(x) > self.options.queue_images:
             raise InputError(f"{len(x)} images in one request: at most {self.options.queue_images} are taken")
         if self._doorkeeper is not None:
             self._doorkeeper.clients.spend(key, images=len(x))
         now = time.monotonic()
         expires = now + request.deadline_s if request.deadline_s is not None else float("inf")
-        admitted = Pending(identity, request.id, x, now, expires, request.key or "", request.observe, client)
-        for evicted in self.batcher.put(admitted):
-            error = self.batcher.overloaded(self.batcher.images)
+        top_k = min(request.top_k or 0, self.manifest.n_classes)
+        admitted = Pending(
+            identity, request.id, x, now, expires, request.key or "", request.observe, client, top_k, files
+        )
+        self._queue(admitted, self._decoder.queue if files else self.batcher)
+        self.decoding += bool(files)
+        self._repeats.admitted(admitted)
+
+    def _queue(self, request: Pending, queue: Batcher) -> None:
+        """Put a request into a queue; those that give way to it are refused."""
+        if queue is not self.batcher:
+            self._decoder.start()
+        for evicted in queue.put(request):
+            self.decoding -= queue is not self.batcher
+            error = queue.overloaded(queue.images)
             count(self.statistics.rejected, error.code)
             self._refuse(evicted, error)
-        self._repeats.admitted(admitted)
+
+    def _take_decoded(self, request: Pending, error: BaseException | None) -> None:
+        """A request whose files have become images, or not, goes on to be computed, or is refused."""
+        self.decoding -= 1
+        try:
+            if error is not None:
+                raise error
+            self._queue(request, self.batcher)
+        except TTAError as refusal:
+            waited = isinstance(error, CancelledError | DeadlineError)  # it had been admitted
+            count(self.statistics.requests if waited else self.statistics.rejected, refusal.code)
+            self._refuse(request, refusal)
+
+    def undecoded(self) -> list[Pending]:
+        """Requests whose files are not decoded any more: the server ends."""
+        return [*self._decoder.queue.clear(), *(request for request, _ in self._decoded)]
 
     def _is_repeated(self, identity: bytes, client: str, request_id: int | str) -> bool:
         """Whether this request is known already; if so it is answered, or will be, where it came from last."""
@@ -320,6 +367,8 @@ class Frontend:
         """Answer the requests of all batches that are finished, and what the daemon has asked."""
         while self._admin_replies:
             self._admin_socket.send_multipart(self._admin_replies.popleft())
+        while self._decoded:
+            self._take_decoded(*self._decoded.popleft())
         while self._finished:
             batch = self._finished.popleft()
             if isinstance(batch, Computed):
@@ -346,7 +395,12 @@ class Frontend:
                 "compute_s": batch.compute_s,
                 "shape": [n, n_classes],
             }
-            frames = protocol.encode(header, batch.logits[row : row + n])
+            logits = batch.logits[row : row + n]
+            if request.top_k:
+                header["top"] = top_classes(logits, request.top_k, self.manifest.classes)
+                frames = protocol.encode(header)
+            else:
+                frames = protocol.encode(header, logits)
             self._repeats.answered(request, frames)
             self._send([request.reply_to, *frames])
             row += n
@@ -365,7 +419,8 @@ class Frontend:
         if isinstance(request, protocol.Cancel):
             named = self._repeats.queued(request.client, request.id) if request.client else None
             owner = named.identity if named is not None else identity
-            return {**reply, "cancelled": self.batcher.cancel(owner, request.id)}
+            cancelled = self.batcher.cancel(owner, request.id) or self._decoder.queue.cancel(owner, request.id)
+            return {**reply, "cancelled": cancelled}
         if isinstance(request, protocol.Ready):
             return {**reply, "ready": not self.draining}
         m = self.manifest
@@ -378,6 +433,7 @@ class Frontend:
             "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, m.n_classes]}],
             "classes": m.classes,
             "resize": m.resize,
+            "preprocessing": {**m.preprocessing, "sha256": m.preprocessing_sha256},
         }
 
     def _handle_admin(self, frames: list[bytes]) -> None:
@@ -444,6 +500,26 @@ class Frontend:
 def _cost(frames: list[bytes]) -> int:
     """Bytes of memory that a reply holds."""
     return sum(map(len, frames)) + REPLY_BYTES
+
+
+def top_classes(logits: npt.NDArray[np.float32], k: int, classes: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """The k likeliest classes of each row, the likeliest first.
+
+    Args:
+        logits: (N, K).
+        k: at most K.
+        classes: K names.
+
+    Returns:
+        For each row k maps of `class` (index), `name` and `probability` (softmax of the logits, in [0, 1]).
+    """
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares = shifted / shifted.sum(axis=1, keepdims=True)
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :k]
+    return [
+        [{"class": int(i), "name": classes[i], "probability": round(float(row[i]), 6)} for i in best]
+        for row, best in zip(shares, order, strict=True)
+    ]
 
 
 def count(totals: dict[str, int], code: Code) -> None:

@@ -31,6 +31,7 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     precision: str = "fp32"
     gpu_memory_bytes: int | None = None
     threads: int
+    decode_threads: int = 1
     max_batch_size: int
     max_wait_s: float
     queue_images: int
