@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import requires
 from pathlib import Path
+from types import ModuleType
 
 import kubernetes_validate
 import pytest
@@ -85,15 +86,30 @@ def test_every_query_names_metrics_that_exist(bundle: Bundle) -> None:
     assert asked <= exported(bundle)
 
 
-def test_the_dashboard_is_the_script_s() -> None:
-    """dashboards/tta.json is what make_dashboard.py writes, and Grafana's own types read it."""
-    path = DEPLOY / "grafana" / "make_dashboard.py"
-    spec = importlib.util.spec_from_file_location("make_dashboard", path)
+def script(path: Path) -> ModuleType:
+    """A script of `deploy/`, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
 
+
+def test_every_metric_is_in_the_reference(bundle: Bundle) -> None:
+    """deploy/metrics.md is what make_metrics.py writes, and has every metric once."""
+    page = (DEPLOY / "metrics.md").read_text()
+    listed = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    plain = {re.sub(r"_(bucket|count|sum|created)$", "", name) for name in exported(bundle)}
+
+    assert page == script(DEPLOY / "make_metrics.py").document()
+    assert len(listed) == len(set(listed))
+    assert {name.removesuffix("_total") for name in plain} == {name.removesuffix("_total") for name in listed}
+
+
+def test_the_dashboard_is_the_script_s() -> None:
+    """dashboards/tta.json is what make_dashboard.py writes, and Grafana's own types read it."""
+    module = script(DEPLOY / "grafana" / "make_dashboard.py")
     written = json.loads((DEPLOY / "grafana" / "dashboards" / "tta.json").read_text())
     read = Dashboard.from_json(written)
 

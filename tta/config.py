@@ -90,6 +90,9 @@ class DaemonConfig(Section):
 
     control: Endpoint = Field("tcp://127.0.0.1:5556", description="where clients send labels and commands")
     http: str = Field("127.0.0.1:9100", description="HOST:PORT of /metrics, /livez and /readyz")
+    webhook: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
+        None, description="where every event of the cycle is posted as JSON; null: nowhere"
+    )
     ledger_bytes: int = Field(256 << 20, ge=1 << 20, description="memory for recent predictions, bytes")
     ledger_age_s: float = Field(3600.0, gt=0, description="seconds a prediction waits for its label")
     worker_timeout_s: float = Field(

@@ -37,6 +37,7 @@ from tta.daemon.servers import Servers, server_name
 from tta.daemon.store import Store, lock
 from tta.daemon.treatment import Treatment
 from tta.daemon.watch import Watch, calibrated_for
+from tta.daemon.webhook import Webhook
 from tta.errors import ConfigError, TTAError
 from tta.keys import read_public_key
 from tta.monitor.calibration import Calibration, reference_warning
@@ -81,6 +82,7 @@ class Daemon:
         self._early: list[tuple[float, list[bytes], str]] = []
         self._doorkeeper: Doorkeeper | None = None
         self._own_key = ""  # public, as it was read last
+        self._webhook: Webhook | None = None
         self.mode_reason = ""  # why the mode is not the configured one
 
     # -- startup ------------------------------------------------------------------------------------------
@@ -151,6 +153,12 @@ class Daemon:
             operation,
             self.log,
         )
+        if config.daemon.webhook is not None:
+            count = self.metrics.webhook_events.labels
+            self._webhook = Webhook(
+                config.daemon.webhook, manifest.name, self.log, lambda result: count(result).inc()
+            )
+            self.treatment.told = self._webhook.tell
         self.treatment.restore()
         for aside, why in (self.store.damaged | self.library.damaged | self.labels.damaged).items():
             self.log.error("file_damaged", error=why, kept_as=aside)
@@ -593,6 +601,8 @@ class Daemon:
                 self.servers.stop()
         if hasattr(self, "http"):
             self.http.close()
+        if self._webhook is not None:
+            self._webhook.close()
         if hasattr(self, "labels"):
             self.labels.close()
         if hasattr(self, "context"):

@@ -213,6 +213,7 @@ class Metrics:
         self.ledger_bytes = self._gauge("ledger_bytes", "Memory of recent predictions")
         self.shadow_dropped = self._counter("shadow_images_dropped", "Images the shadow had no time for")
         self.features_refused = self._counter("features_refused", "Samples with features that are not finite")
+        self.webhook_events = self._counter("webhook_events", "Events for the webhook, by result", "result")
         self.samples_thinned = self._counter("samples_thinned", "Samples of chatty keys the charts left out")
         info = Gauge("tta_model_info", "Always 1", ["name", "source", "tta"], registry=self.registry)
         info.labels(manifest.name, manifest.source, tta.__version__).set(1)
@@ -226,6 +227,8 @@ class Metrics:
         for kind in KINDS:
             self.shift.labels(kind).set(0)
             self.notices.labels(kind)
+        for result in ("delivered", "failed", "dropped"):
+            self.webhook_events.labels(result)
         for reason in ("promotion", "relief", "recall", "rollback", "reset"):
             self.swaps.labels(reason, "ok")
         for outcome in ("joined", "no_input", "expired", "unknown", "contested"):

@@ -6,6 +6,7 @@ counted and saved.
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -91,6 +92,7 @@ class Treatment:
         self.rate = 0.0  # observed images a second, over the last minute or so
         self.diagnosis: Diagnosis | None = None
         self.events: deque[dict[str, Any]] = deque(maxlen=200)
+        self.told: Callable[[dict[str, Any]], None] = lambda event: None  # of each event, as it happens
         self._log = log
         self._paired = self._fresh_tests()
         self._rates_at, self._rate_looks = FIRST_RATES, 0
@@ -239,6 +241,7 @@ class Treatment:
         """Log something worth knowing and keep it for `status`."""
         entry = {"event": str(name), "sequence": self.sequence, "version": self.case.serving, **evidence}
         self.events.append({**entry, "time_s": time.time()})
+        self.told(self.events[-1])
         self._log.info("transition", **{("what" if k == "event" else k): v for k, v in entry.items()})
 
     # -- findings ---------------------------------------------------------------------------------------
