@@ -7,8 +7,8 @@ from tta.daemon.metrics import Metrics
 
 HEAD = """# Metrics
 
-What `/metrics` of the daemon exports, written by `make_metrics.py` from the code. Seconds, bytes and shares from 0 to
-1; counters go on rising when a server is restarted, not when the daemon is.
+What `/metrics` of the daemon exports, written by `make_metrics.py` from the code. Seconds, bytes, shares from 0
+to 1; counters go on rising when a server is restarted, not when the daemon is.
 
 | metric | type | labels | |
 | --- | --- | --- | --- |

@@ -2,9 +2,9 @@
 
     python configs/tutorials/any_module.py [FOLDER]
 
-You have a network of your own and its weights. It has to take (N, C, H, W) float images and give (N, K) logits, and a
-function that you name as `module:function` has to build it. This writes such a module, trains it for a few seconds,
-packages it, serves it, and asks it from Python.
+You have a network of your own and its weights. It has to take (N, C, H, W) float images and give (N, K) logits,
+and a function that you name as `module:function` has to build it. This writes such a module, trains it for a few
+seconds, packages it, serves it, and asks it from Python.
 """
 
 import os
@@ -19,8 +19,8 @@ from tta import Client
 from tta.packaging.digits import corrupt, digits
 from tta.scenario import DaemonProcess
 
-# Your code, in a file that Python finds: the current folder or PYTHONPATH, here and where `tta serve` runs. Serving
-# needs only the bundle; the adapter builds the network again from this function to tune a block of it.
+# Your code, in a file that Python finds: in the current folder or on PYTHONPATH, here and where `tta serve` runs.
+# Serving needs only the bundle; the adapter builds the network again from this function to tune a block of it.
 MODULE = '''
 """A small network: its children in order are what tta takes for blocks, the last for the head."""
 
@@ -102,9 +102,8 @@ def main() -> None:
             print(f"\n{names[answer.classes[0]]} by version {answer.version}; {100 * right:.0f} % of 64 right")
             noisy = client.predict(corrupt(x, "noise", 1))
             right = float((noisy.classes == y).mean())
-            print(
-                f"{100 * right:.0f} % with a noisy camera; labels: {client.label(noisy.prediction_ids[:3], y[:3].tolist())}"
-            )
+            outcomes = client.label(noisy.prediction_ids[:3], y[:3].tolist())
+            print(f"{100 * right:.0f} % with a noisy camera; labels: {outcomes}")
         run("status", "--control", daemon.control)
     finally:
         daemon.stop()

@@ -2,9 +2,9 @@
 
     python configs/tutorials/timm_model.py [FOLDER]
 
-You have a timm model that was fine-tuned on your classes, its checkpoint, and some labelled pictures of what is normal.
-This makes all three in small (handwritten digits, a minute on one core) and then does with them what you would do with
-yours: package, check, replay a recorded day, serve, predict.
+You have a timm model that was fine-tuned on your classes, its checkpoint, and some labelled pictures of what is
+normal. This makes all three in small (handwritten digits, a minute on one core) and then does with them what you
+would do with yours: package, check, and replay a recorded day.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ SIZE, MEAN, STD = "32x32", "0.5,0.5,0.5", "0.25,0.25,0.25"  # as in your trainin
 
 
 def fine_tune(path: Path) -> None:
-    """Stands for your training: leaves a checkpoint as `safetensors`; a .pth without code in it will do as well."""
+    """Stands for your training: leaves a checkpoint as `safetensors`; a .pth without code will do as well."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = timm.create_model(NAME, num_classes=10)
@@ -33,7 +33,7 @@ def fine_tune(path: Path) -> None:
     images = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
     labels = torch.from_numpy(y)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(400):
+    for _ in range(400):
         chosen = torch.randint(len(images), (64,))
         loss = torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
         optimizer.zero_grad()
@@ -65,8 +65,8 @@ def main() -> None:
     fine_tune(checkpoint)
     write_reference(reference)
 
-    # 1. Once for each model: the bundle. Warnings at the end are worth reading: an accuracy on the reference that you do
-    #    not know from your validation most often means another mean, std or order of classes.
+    # 1. Once for each model: the bundle. Warnings at the end are worth reading: an accuracy on the reference that
+    #    you do not know from your validation most often means another mean, std or order of classes.
     how = ("--kwargs", ARGUMENTS, "--image-size", SIZE, "--mean", MEAN, "--std", STD)
     run(
         "package",
