@@ -1,6 +1,7 @@
 """`tta export`: PyTorch computes from the file what the daemon serves."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from tta.bundle import Bundle
 from tta.commands import app
 from tta.daemon.store import Store
 from tta.errors import ConfigError, DeltaError, NotFoundError
+from tta.images import read_labelled
 from tta.packaging.digits import KWARGS, SOURCE, digits
 from tta.packaging.source import build_model, load_checkpoint
+from tta.scenario import DaemonProcess
 from tta.server.predictor import Predictor
 
 
@@ -90,3 +93,42 @@ def test_a_damaged_version_is_not_exported(bundle_path: Path, state: Path, tmp_p
 
     assert isinstance(CliRunner().invoke(app, command).exception, DeltaError)
     assert not (tmp_path / "x.pth").exists()
+
+
+def test_labelled_images_are_there_to_train_on(
+    start_daemon: Callable[..., DaemonProcess], bundle_path: Path, tmp_path: Path
+) -> None:
+    """With --labels the images whose class was named come with their classes, while the daemon runs."""
+    daemon = start_daemon(mode="off")
+    x, y = digits("stream", 30, seed=8)
+    with daemon.client() as client:
+        ids = client.predict(x).prediction_ids
+        client.label(ids[:20], y[:20].tolist())
+        client.label(ids[20:], correct=[True] * 10)
+    out = tmp_path / "labels.npz"
+    state = str(daemon.folder / "state")
+    command = ["export", str(bundle_path), "--labels", "--state", state, "--out", str(out), "--json"]
+
+    told = json.loads(CliRunner().invoke(app, command).stdout)
+    found, classes, names = read_labelled(out, (32, 32, 3), "crop")
+
+    np.testing.assert_array_equal(found, x[:20])
+    assert classes.tolist() == y[:20].tolist()
+    assert names == [str(i) for i in range(10)]
+    assert told["images"] == 20
+    assert sum(told["classes"].values()) == 20
+
+
+def test_export_wants_a_version_or_labels(bundle_path: Path, tmp_path: Path) -> None:
+    """Neither, both, another suffix, a folder without labels: each one clear error."""
+    base = ["export", str(bundle_path), "--out"]
+    for arguments, message in (
+        ([str(tmp_path / "a.npz")], "name a version, or --labels"),
+        ([str(tmp_path / "a.npz"), "--labels", "1"], "name a version, or --labels"),
+        ([str(tmp_path / "a.pth"), "--labels"], "are written as .npz"),
+        ([str(tmp_path / "a.npz"), "--labels", "--state", str(tmp_path)], "labels.sqlite cannot be read"),
+    ):
+        failed = CliRunner().invoke(app, [*base, *arguments])
+        assert isinstance(failed.exception, ConfigError)
+        assert message in str(failed.exception)
+    assert list(tmp_path.glob("*.npz")) == []

@@ -260,6 +260,11 @@ class Doorkeeper:
         """Of the key in force, 40 characters of Z85."""
         return self._key.public.decode()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether every guarded socket listens; not for a moment after the key was renewed, or if that failed."""
+        return not self._unbound
+
     def attend(self) -> int:
         """Answer questions that wait, and look whether list or key has changed; how many were turned away."""
         n_refused = 0

@@ -1,4 +1,4 @@
-"""`tta export`: a version's weights as a checkpoint that PyTorch loads."""
+"""`tta export`: a version's weights as a checkpoint that PyTorch loads, or the labelled images as an `.npz`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,16 +22,24 @@ def register(app: typer.Typer) -> None:
 
 def export(
     bundle: Annotated[Path, typer.Argument(help="The bundle that the version was made for.")],
-    version: Annotated[int, typer.Argument(min=0, help="Number of the version; 0 is the source.")],
-    out: Annotated[Path, typer.Option("--out", help="File to write: .safetensors, .pth or .pt.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write: .safetensors, .pth, .pt; .npz for labels.")],
+    version: Annotated[int | None, typer.Argument(min=0, help="Number of the version; 0 is the source.")] = None,
+    labels: Annotated[bool, typer.Option("--labels", help="The labelled images, to train on.")] = False,
     state: Annotated[Path, typer.Option("--state", help="The daemon's state folder.")] = Path("tta-state"),
     as_json: Json = False,
 ) -> None:
-    """Write a version's weights, all of them, under the model's own state_dict names.
+    """Write a version's weights under the model's own state_dict names, or with --labels the labelled images.
 
-    The file is what `tta package --checkpoint` takes, and `model.load_state_dict(..., strict=False)`: counters of
-    batches are not in it. The daemon may run meanwhile. Signatures are not asked for: see `tta check`.
+    The labelled images are x (N, H, W, C) uint8, y (N,) and the names of the classes, as `tta package --reference`
+    and `tta replay` take them: those whose class was named and not contested. The file of weights is what `tta
+    package --checkpoint` takes, and `model.load_state_dict(..., strict=False)`: counters of batches are not in it.
+    The daemon may run meanwhile. Signatures are not asked for: see `tta check`.
     """
+    if labels == (version is not None):
+        raise ConfigError("name a version, or --labels: one of them")
+    if version is None:
+        _export_labels(bundle, out, state, as_json)
+        return
     import numpy as np
 
     from tta.bundle import check_delta, load_bundle
@@ -71,3 +79,27 @@ def export(
         print_json(found)
     else:
         print(f"{out}: {len(weights)} tensors of version {version}, {len(delta)} of them not the source's")
+
+
+def _export_labels(bundle: Path, out: Path, state: Path, as_json: bool) -> None:
+    import numpy as np
+
+    from tta.bundle import load_bundle
+    from tta.daemon.labels import read_labelled_images
+
+    if out.suffix != ".npz":
+        raise ConfigError(f"--out {out}: labelled images are written as .npz")
+    manifest = load_bundle(bundle).manifest
+    x, y = read_labelled_images(state / "labels.sqlite", manifest.image_shape)
+    temporary = out.with_name(f".{out.name}.tmp.npz")
+    try:
+        np.savez(temporary, x=x, y=y, classes=np.array(manifest.classes))
+        temporary.replace(out)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror or error}") from error
+    counts = dict(zip(manifest.classes, np.bincount(y, minlength=manifest.n_classes).tolist(), strict=True))
+    if as_json:
+        print_json({"out": str(out), "images": len(x), "classes": counts})
+    else:
+        named = ", ".join(f"{n} of {name}" for name, n in counts.items() if n)
+        print(f"{out}: {len(x)} labelled images{': ' + named if named else ''}")

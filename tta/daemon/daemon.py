@@ -574,8 +574,8 @@ class Daemon:
         return time.monotonic() - self._ticked < LIVE_S
 
     def ready(self) -> bool:
-        """Whether predictions are answered."""
-        return self.servers.ready
+        """Whether predictions are answered, and commands."""
+        return self.servers.ready and (self._doorkeeper is None or self._doorkeeper.is_open)
 
     # -- shutdown -----------------------------------------------------------------------------------------
 

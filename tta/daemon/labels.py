@@ -268,6 +268,35 @@ def salvage(path: Path) -> tuple[Path, int]:
     return aside, len(labels)
 
 
+def read_labelled_images(path: Path, image_shape: Sequence[int]) -> tuple[Array, Array]:
+    """The images on disk whose class somebody has named and nobody contests; the daemon may run meanwhile.
+
+    Args:
+        path: of the file.
+        image_shape: (H, W, C) of the model.
+
+    Returns:
+        x (N, H, W, C) uint8 and y (N,) int64, the oldest first.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    query = (
+        "SELECT x, label FROM labels WHERE x IS NOT NULL AND label IS NOT NULL AND contested = '' AND feedback = 0"
+    )
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=1.0)
+        ) as db:
+            rows = db.execute(f"{query} ORDER BY sequence, prediction_id").fetchall()
+    except sqlite3.Error as error:
+        raise ConfigError(f"{path} cannot be read: {error}; see `tta check --state`") from error
+    size = math.prod(image_shape)
+    rows = [row for row in rows if len(row[0]) == size]  # a damaged row is no image of this model
+    x = np.frombuffer(b"".join(row[0] for row in rows), np.uint8).reshape(-1, *image_shape)
+    return x, np.array([row[1] for row in rows], np.int64)
+
+
 class LabelBuffer:
     """Labels on disk. Owned by the daemon's main thread.
 

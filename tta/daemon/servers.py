@@ -84,7 +84,10 @@ class Servers:
     def ready(self) -> bool:
         """Whether one of them answers predictions."""
         now = time.monotonic()
-        return any(link.process.ready and link.silent_s(now) < LIVE_S for link in self.links)
+        return any(
+            link.process.ready and link.silent_s(now) < LIVE_S and link.hello.get("listening", True)
+            for link in self.links
+        )
 
     @property
     def swapping(self) -> bool:

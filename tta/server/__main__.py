@@ -264,6 +264,7 @@ class Server:
                     "options": msgspec.to_builtins(self._options_now()),
                     "version": self.version(),
                     "stalled_s": self._stalled_s(),
+                    "listening": self.doorkeeper is None or self.doorkeeper.is_open,
                     "device": self.predictor.device,
                 }
             )
