@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.server.conftest import launch
+from tests.server.conftest import answering, launch
 from tests.server.test_server import exchange
 from tta.bundle import Bundle
 from tta.client import Client, Prediction
@@ -164,3 +164,27 @@ def test_lists_that_are_no_pictures_say_so(options: ServerOptions) -> None:
         for bad in (["a.jpg"], [], [b"x", "y"]):
             with pytest.raises(InputError, match="expected images"):
                 client.predict(bad)
+
+
+def test_the_bytes_of_waiting_files_are_bounded(options: ServerOptions, tmp_path: Path) -> None:
+    """Few but huge files of one client are refused once 64 MiB of them wait, and another client is served."""
+    large = msgspec.structs.replace(options, max_message_bytes=64 << 20)
+    slow = picture(1, (6000, 4000), "PNG")
+    padded = slow + bytes((20 << 20) - len(slow))  # what follows a PNG's end is nobody's business
+    with (
+        answering(large, tmp_path),
+        Client(large.endpoint, timeout_s=60, window=1000, retry=False) as client,
+        Client(large.endpoint, timeout_s=60) as other,
+    ):
+        sent = [client.submit(padded) for _ in range(12)]
+        answers: dict = dict(client.results(0.1))
+        alone = other.predict(picture())
+        while len(answers) < len(sent):
+            answers |= dict(client.results(10.0))
+    refused = [a for a in answers.values() if not isinstance(a, Prediction)]
+
+    assert alone.logits.shape == (1, 10)
+    assert refused
+    assert {a.code for a in refused} == {Code.RESOURCE_EXHAUSTED}
+    assert all("bytes of files wait" in str(a) for a in refused)
+    assert len(refused) < len(sent)

@@ -48,6 +48,7 @@ class Pending:
         client: the client's own name, under which a repeated id is known; "" if it gave none.
         top_k: classes to name in the answer instead of logits; 0 for logits.
         files: JPEG or PNG, until they are decoded; `x` is then a placeholder of the same length.
+        file_bytes: of them.
         reply_to: identity that the answer goes to: another one if the client has asked again from there.
         cancelled: nobody wants the answer any more.
         evicted: refused after all, to make room for others.
@@ -63,6 +64,7 @@ class Pending:
     client: str = ""
     top_k: int = 0
     files: Sequence[memoryview] = ()
+    file_bytes: int = 0
     reply_to: bytes = field(default=b"", init=False)
     cancelled: bool = field(default=False, init=False)
     evicted: bool = field(default=False, init=False)

@@ -24,7 +24,15 @@ from tta import protocol
 from tta.auth import Doorkeeper, key_of
 from tta.bundle import Manifest
 from tta.connection import prepare_listener
-from tta.errors import CancelledError, Code, DeadlineError, InputError, TTAError, UnavailableError
+from tta.errors import (
+    CancelledError,
+    Code,
+    DeadlineError,
+    InputError,
+    OverloadedError,
+    TTAError,
+    UnavailableError,
+)
 from tta.server.batcher import Batcher, Pending
 from tta.server.decoder import Decoder
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, ServerOptions
@@ -35,7 +43,10 @@ LATE_MS = 10  # between two attempts to send replies that were not taken
 LATE_BYTES = 4 << 20  # of such replies of a client; then its oldest are dropped
 ALL_LATE_BYTES = 64 << 20  # of all; then the oldest of who has most
 LATE_CLIENTS = 64  # that are tried at a time
+FILE_BYTES = 64 << 20  # of a client's files that wait to be decoded, unless it has one request only
+ALL_FILE_BYTES = 512 << 20  # of everybody's
 REPLY_BYTES = 250  # of a reply beside its frames' content
+FILES_RETRY_S = 0.1
 BACKLOG_S = 0.002  # between two readings while a batch or more is queued anyway
 # pyzmq's send_multipart costs 11 us for three frames, these 2; receiving 7 and 5 (measured).
 _SEND, _RECEIVE, _GET = zmq.backend.Socket.send, zmq.backend.Socket.recv, zmq.backend.Socket.get
@@ -185,6 +196,7 @@ class Frontend:
         self._decoded: deque[tuple[Pending, BaseException | None]] = deque()  # from the decoder thread
         self._decoder = Decoder(options, manifest, self._hand_over)
         self.decoding = 0  # requests whose files are not in the batcher yet
+        self._file_bytes: dict[bytes, int] = {}  # of them, by client
         self._wake, self._waker = os.pipe()
         os.set_blocking(self._wake, False)
         os.set_blocking(self._waker, False)
@@ -322,23 +334,43 @@ class Frontend:
         admitted = Pending(
             identity, request.id, x, now, expires, request.key or "", request.observe, client, top_k, files
         )
-        self._queue(admitted, self._decoder.queue if files else self.batcher)
-        self.decoding += bool(files)
+        if files:
+            self._decode(admitted, len(frames[1]))
+        else:
+            self._queue(admitted, self.batcher)
         self._repeats.admitted(admitted)
+
+    def _decode(self, request: Pending, n_bytes: int) -> None:
+        """Queue a request whose files have to be decoded first; their bytes are bounded beside their number."""
+        own = self._file_bytes.get(request.identity, 0)
+        if own and (own + n_bytes > FILE_BYTES or sum(self._file_bytes.values()) + n_bytes > ALL_FILE_BYTES):
+            raise OverloadedError(f"{own:,} bytes of files wait to be decoded already", FILES_RETRY_S)
+        self._decoder.start()
+        request.file_bytes = n_bytes
+        self._queue(request, self._decoder.queue)
+        self.decoding += 1
+        self._file_bytes[request.identity] = self._file_bytes.get(request.identity, 0) + n_bytes
+
+    def _decoded_or_gone(self, request: Pending) -> None:
+        """A request that waits for its files no longer."""
+        self.decoding -= 1
+        left = self._file_bytes[request.identity] - request.file_bytes
+        self._file_bytes[request.identity] = left
+        if not left:
+            del self._file_bytes[request.identity]
 
     def _queue(self, request: Pending, queue: Batcher) -> None:
         """Put a request into a queue; those that give way to it are refused."""
-        if queue is not self.batcher:
-            self._decoder.start()
         for evicted in queue.put(request):
-            self.decoding -= queue is not self.batcher
+            if queue is not self.batcher:
+                self._decoded_or_gone(evicted)
             error = queue.overloaded(queue.images)
             count(self.statistics.rejected, error.code)
             self._refuse(evicted, error)
 
     def _take_decoded(self, request: Pending, error: BaseException | None) -> None:
         """A request whose files have become images, or not, goes on to be computed, or is refused."""
-        self.decoding -= 1
+        self._decoded_or_gone(request)
         try:
             if error is not None:
                 raise error
