@@ -200,15 +200,15 @@ def measure(pid: int) -> Json | None:
         return None
 
 
-def on_disk(folder: Path) -> tuple[int, int]:
-    """Bytes of everything in a folder, and how many versions are kept."""
-    total = 0
+def on_disk(folder: Path) -> tuple[dict[str, int], int]:
+    """Bytes of each thing in a folder, and how many versions are kept."""
+    sizes: Counter[str] = Counter()
     for path in folder.rglob("*"):
         try:
-            total += path.stat().st_size if path.is_file() else 0
+            sizes[path.relative_to(folder).parts[0]] += path.stat().st_size if path.is_file() else 0
         except FileNotFoundError:
             continue
-    return total, sum(1 for _ in folder.glob("versions/[0-9]*"))
+    return dict(sizes), sum(1 for _ in folder.glob("versions/[0-9]*"))
 
 
 class Sampler(threading.Thread):
@@ -228,7 +228,7 @@ class Sampler(threading.Thread):
                 status = client.status()
                 latencies, self._traffic.latencies_s = self._traffic.latencies_s, []
                 right, self._traffic.right = self._traffic.right, [0, 0]
-                total, n_versions = on_disk(self._daemon.folder / "state")
+                parts, n_versions = on_disk(self._daemon.folder / "state")
                 found = {n: measure(pid) for n, pid in processes(status, self._daemon.process.pid).items()}
                 p50, p99 = np.quantile(latencies, (0.5, 0.99)) if latencies else (np.nan, np.nan)
                 self.samples.append(
@@ -241,7 +241,8 @@ class Sampler(threading.Thread):
                         "shown": self._traffic.show,
                         "version": status["version"],
                         "state": status["state"],
-                        "disk": total,
+                        "disk": sum(parts.values()),
+                        "parts": parts,
                         "versions": n_versions,
                         "processes": {name: m for name, m in found.items() if m},
                     }
@@ -335,6 +336,10 @@ def compared(result: Json) -> list[tuple[str, str, float, float]]:
         ]
     rows += [
         ("state folder", "MB", *medians(lambda s: s["disk"] / 1e6)),
+        *(
+            (f"of it {part}", "MB", *medians(lambda s, part=part: s["parts"].get(part, 0) / 1e6))
+            for part in sorted({part for s in samples for part, size in s["parts"].items() if size > 1e6})
+        ),
         ("versions on disk", "", *medians(lambda s: s["versions"])),
     ]
     return rows

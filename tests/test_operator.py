@@ -11,6 +11,7 @@ import pytest
 from tests.traffic import Traffic, status
 from tests.waiting import until
 from tta.bundle import Bundle
+from tta.daemon.processes import runtime_folder
 from tta.errors import PreconditionError
 from tta.packaging.digits import corrupt, digits
 from tta.protocol import Accept, Adapt, Approve, Pause, Reset, Resume, Rollback
@@ -65,6 +66,20 @@ def test_a_proposal_waits_for_approval(shifted: Callable) -> None:
         client.call(Resume())
 
     assert version == proposed["shift"]["proposal"]
+
+
+def test_what_is_cancelled_leaves_nothing_behind(shifted: Callable) -> None:
+    """A reset in the middle of an adaptation ends it, and its request goes from the disk."""
+    daemon, traffic = shifted(**{"adapt.epochs": 5000})
+    work = runtime_folder(daemon.folder / "state") / "work"
+    until(lambda: status(daemon).get("state") == "adapting" and list(work.glob("request-*/*")), "the request", 120)
+    traffic.label_every = 0
+
+    with daemon.client() as client:
+        client.call(Reset())
+        until(lambda: not list(work.glob("*")), "an empty folder")
+
+    assert status(daemon)["adapter"] == {}
 
 
 def test_an_accepted_shift_is_no_alarm_again(shifted: Callable) -> None:

@@ -241,6 +241,7 @@ class Operation:
         self.under_way = None
         self._job += 1
         self.adapter.cancel()
+        shutil.rmtree(self._work, ignore_errors=True)  # nobody answers that request any more
 
     def _candidate(
         self,
