@@ -23,18 +23,16 @@ class _Model:
 
 def document() -> str:
     """The page."""
-    rows = []
     manifest: Any = _Model
     metrics = Metrics(manifest)
-    own = {id(c): c for c in metrics.registry._names_to_collectors.values()}.values()
-    for collector in own:
-        labels = ", ".join(f"`{name}`" for name in getattr(collector, "_labelnames", ()))
-        for family in collector.collect():
-            given = labels or ", ".join(
-                f"`{name}`" for name in sorted({k for s in family.samples for k in s.labels} - {"le"})
-            )
-            name = family.name + ("_total" if family.type == "counter" else "")
-            rows.append(f"| `{name}` | {family.type} | {given} | {family.documentation} |")
+    # Metrics that have no sample yet know their labels, those that the server counts have samples.
+    known = {each._name: set(each._labelnames) for each in vars(metrics).values() if hasattr(each, "_labelnames")}
+    rows = []
+    for family in metrics.registry.collect():
+        labels = known.get(family.name, {name for sample in family.samples for name in sample.labels} - {"le"})
+        name = family.name + ("_total" if family.type == "counter" else "")
+        shown = ", ".join(f"`{label}`" for label in sorted(labels))
+        rows.append(f"| `{name}` | {family.type} | {shown} | {family.documentation} |")
     return HEAD + "\n".join(sorted(rows)) + "\n"
 
 
