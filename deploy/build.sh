@@ -31,41 +31,42 @@ if ! buildah inspect --type image localhost/tta-base > /dev/null 2>&1; then
   rm -rf --one-file-system "$work/base"
 fi
 
-try() { # IMAGE: run a daemon from its root file system, as its user
-  local image=$1 container root port=$((20000 + RANDOM % 20000)) state daemon
+try() { # IMAGE: run a daemon from its root file system, read-only and as its user, as a container engine would
+  local image=$1 container root port=$((20000 + RANDOM % 20000)) state="" daemon
   container=$(buildah from "$image")
   root=$(buildah mount "$container")
   cp "$BUNDLE" "$root/models/model.tta"
   chmod a+r "$root/models/model.tta"
-  inside() { chroot --userspec=10001:10001 "$root" env PATH=/opt/venv/bin:/usr/bin:/bin HOME=/home/tta "$@"; }
+  [ -z "${PICTURES:-}" ] || cp -r "$PICTURES" "$root/models/pictures"
+  mount --bind "$root" "$root"
+  mount -o remount,bind,ro "$root"
+  mount -t proc proc "$root/proc"
   mount --bind /dev "$root/dev"
-  inside tta check /models/model.tta
-  inside tta serve --config /etc/tta/docker.yaml --set "server.endpoint=tcp://127.0.0.1:$port" \
+  mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+  mount -t tmpfs -o uid=10001,gid=10001,mode=0700 tmpfs "$root/state"
+  inside=(chroot --userspec=10001:10001 "$root" env PATH=/opt/venv/bin:/usr/bin:/bin HOME=/home/tta)
+  "${inside[@]}" tta check /models/model.tta || true
+  "${inside[@]}" tta serve --config /etc/tta/docker.yaml --set "server.endpoint=tcp://127.0.0.1:$port" \
     --set "daemon.control=tcp://127.0.0.1:$((port + 1))" --set "daemon.http=127.0.0.1:$((port + 2))" \
     --set security.plaintext=true 2> "$work/daemon.log" &
   daemon=$!
   for _ in $(seq 300); do
-    inside python3 -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$((port + 2))/readyz')" \
+    "${inside[@]}" python3 -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$((port + 2))/readyz')" \
       2> /dev/null && state=ready && break
     kill -0 "$daemon" 2> /dev/null || break
     sleep 0.2
   done
-  if [ "${state:-}" = ready ]; then
-    if [ -n "${PICTURES:-}" ]; then
-      cp -r "$PICTURES" "$root/tmp/pictures"
-      inside tta predict /tmp/pictures --endpoint "tcp://127.0.0.1:$port" | tail -3
-    fi
-    inside tta status --control "tcp://127.0.0.1:$((port + 1))" | head -2
-    kill -TERM "$daemon"
-    wait "$daemon" && echo "$image: served from its root file system, and stopped"
-  else
-    tail -5 "$work/daemon.log" >&2
-    echo "$image: the daemon did not become ready" >&2
+  if [ "$state" = ready ]; then
+    [ -z "${PICTURES:-}" ] || "${inside[@]}" tta predict /models/pictures --endpoint "tcp://127.0.0.1:$port" || state=""
+    "${inside[@]}" tta status --control "tcp://127.0.0.1:$((port + 1))" || state=""
   fi
-  umount "$root/dev"
+  kill -TERM "$daemon" 2> /dev/null || true
+  wait "$daemon" || state=""
+  [ "$state" = ready ] || { tail -5 "$work/daemon.log" >&2; echo "$image: the daemon failed" >&2; }
+  umount -R "$root"
   buildah umount "$container" > /dev/null
   buildah rm "$container" > /dev/null
-  [ "${state:-}" = ready ]
+  [ "$state" = ready ] && echo "$image: served from its read-only root file system, and stopped"
 }
 
 revision=$(git rev-parse --short HEAD 2> /dev/null || echo unknown)

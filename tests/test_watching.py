@@ -1,5 +1,6 @@
 """Watching through the real daemon: what is worth acting on, sticky traffic, keys, restarts, bad features."""
 
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from tests.traffic import status
 from tests.waiting import until
 from tta.bundle import Bundle
+from tta.commands import app
 from tta.config import MonitorConfig
 from tta.daemon.library import Library
 from tta.daemon.watch import Finding, Watch
@@ -332,3 +335,30 @@ def test_a_regime_is_left_for_its_nearest_neighbour(bundle: Bundle, watch: Watch
     assert left[0].alarm.chart == "fingerprint"
     assert left[0].sequence < 800
     assert 560 <= left[0].onset <= 660
+
+
+def test_without_torch_it_watches_and_says_so(
+    start_daemon: Callable[..., DaemonProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch cannot be imported, as in the small images, shifts alarm, nothing is started, status says why."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class NoTorch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
+    )
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    )
+    daemon = start_daemon(mode="auto")
+    x, _ = digits("stream", 600, seed=44)
+    send(daemon, corrupt(x, "noise", 1))
+    now = until(lambda: (s := status(daemon)).get("state") == "drifted" and s, "the alarm")
+    shown = CliRunner().invoke(app, ["status", "--control", daemon.control]).stdout
+
+    assert (now["mode"], now["version"], now["processes"]["adapter"]["pid"]) == ("off", 0, None)
+    assert "torch is not installed" in now["mode_reason"]
+    assert "mode       torch is not installed" in shown
+    assert '"event": "monitor_only"' in daemon.log_path.read_text()

@@ -203,7 +203,7 @@ class Daemon:
         """Without torch there is no adapter: then the mode is off, and log and status say why."""
         if self.config.mode == "off" or is_installed("torch"):
             return
-        why = "torch is not installed: `pip install 'tta-daemon[adapt]'`, or the image's target `full`"
+        why = "torch is not installed: extra [adapt], image target full"
         self.log.warning("monitor_only", wanted=f"mode: {self.config.mode}", in_force="mode: off", reason=why)
         self.config = self.config.model_copy(update={"mode": "off"})
         self.mode_reason = why
