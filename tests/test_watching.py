@@ -340,7 +340,7 @@ def test_a_regime_is_left_for_its_nearest_neighbour(bundle: Bundle, watch: Watch
 def test_without_torch_it_watches_and_says_so(
     start_daemon: Callable[..., DaemonProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where torch cannot be imported, as in the small images, shifts alarm, nothing is started, status says why."""
+    """Where torch cannot be imported, as in small images, shifts alarm, nothing is started, status says why."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class NoTorch:\n"
