@@ -16,6 +16,7 @@ LABEL org.opencontainers.image.title="tta" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    ORT_DISABLE_TELEMETRY=1 \
     PATH=/opt/venv/bin:$PATH
 RUN useradd --uid 10001 --create-home tta && mkdir /state /models && chown tta /state && python3 -m venv /opt/venv
 WORKDIR /opt/tta

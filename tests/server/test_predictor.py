@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,3 +193,19 @@ def test_cuda_without_a_gpu_is_a_clear_error(bundle: Bundle) -> None:
     """Asking for CUDA where there is none says so and what to set instead."""
     with pytest.raises(DeviceError, match="device: auto or cpu"):
         Predictor(bundle, "cuda")
+
+
+def test_nothing_is_reported_to_anybody(bundle_path: Path, tmp_path: Path) -> None:
+    """A process that serves leaves no trace of onnxruntime's telemetry, which keeps its state in the cache."""
+    code = (
+        "from pathlib import Path; from tta.bundle import load_bundle\n"
+        "from tta.server.predictor import Predictor\n"
+        f"Predictor(load_bundle(Path({str(bundle_path)!r})), 'cpu', 1).prepare(None)"
+    )
+    silenced = ("CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")  # it is silent by itself where the first is set
+    environment = {k: v for k, v in os.environ.items() if k not in silenced}
+    environment["HOME"] = str(tmp_path)
+
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True)
+
+    assert not list(tmp_path.rglob("*onnxruntime*"))
