@@ -75,13 +75,13 @@ def signers_of_versions(signers: Mapping[str, str] | None, key: SigningKey | Non
 
 
 def _read(path: Path) -> "Ed25519PrivateKey":
-    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
         secret = load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm, InternalError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no plain PEM file of a secret key"
         raise ConfigError(
             f"signing key {path} cannot be read: {reason}; tta keygen --signing makes one"
