@@ -264,7 +264,12 @@ def examples(name: str) -> list[bytes]:
         "config": lambda: [b"mode: off\nserver: {threads: 2}\nmonitor:\n  arl: 5000\n"],
         "keys": lambda: [b'curve\n    public-key = "' + b"0" * 40 + b'"\n    secret-key = "' + b"0" * 40 + b'"\n'],
         "signatures": lambda: [base64.b64encode(bytes(64)) + b"\n", b"a" * 88 + b"\n" + b"b" * 88, b""],
-        "signing_key": lambda: [PEM.encode(), SHORT_PEM.encode(), b"-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n", b""],
+        "signing_key": lambda: [
+            PEM.encode(),
+            SHORT_PEM.encode(),
+            b"-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----\n",
+            b"",
+        ],
         "sealed_json": lambda: [_written(lambda p: write_json(p, {"a": [1, 2], "b": {"c": "d"}}))],
         "sealed_arrays": lambda: [_written(lambda p: write_arrays(p, {"a": np.arange(4.0), "b": np.zeros(2)}))],
         "version": lambda: [

@@ -132,3 +132,25 @@ def test_export_wants_a_version_or_labels(bundle_path: Path, tmp_path: Path) -> 
         assert isinstance(failed.exception, ConfigError)
         assert message in str(failed.exception)
     assert list(tmp_path.glob("*.npz")) == []
+
+
+def test_labels_of_another_bundle_are_not_exported(bundle: Bundle, bundle_path: Path, tmp_path: Path) -> None:
+    """Labels are indices of one bundle's classes: a state folder of another is refused."""
+    store = Store(tmp_path / "state", "0" * 64)
+    store.save_state({})
+    command = [
+        "export",
+        str(bundle_path),
+        "--labels",
+        "--state",
+        str(store.root),
+        "--out",
+        str(tmp_path / "a.npz"),
+    ]
+
+    failed = CliRunner().invoke(app, command)
+
+    assert isinstance(failed.exception, ConfigError)
+    assert f"belongs to another bundle (000000000000…) than {bundle_path} ({bundle.sha256[:12]}…)" in str(
+        failed.exception
+    )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -94,6 +95,9 @@ def test_a_recording_that_cannot_be_read_says_why(bundle: Bundle, bundle_path: P
     bad = tmp_path / "bad.csv"
     bad.write_text("pictures/0000.png,zebra\n")
     (tmp_path / "empty.csv").touch()
+    mine = tmp_path / "earlier"
+    write_pictures(mine / "pictures", digits("stream", 1, seed=1)[0])
+    (mine / ".tta-replay").touch()
 
     with pytest.raises(InputError, match=r"'zebra' is no class of the model: it has 0, 1, 2"):
         read_stream(bad, bundle.manifest)
@@ -103,6 +107,8 @@ def test_a_recording_that_cannot_be_read_says_why(bundle: Bundle, bundle_path: P
         read_stream(tmp_path / "nothing", bundle.manifest)
     for arguments, message in (
         ((bundle_path, tmp_path / "pictures", "--out", tmp_path), "is not empty and holds no earlier replay"),
+        ((bundle_path, mine / "pictures", "--out", mine), "pictures lies in it"),
+        ((bundle_path, tmp_path / "pictures", "--out", bad), "is not empty and holds no earlier replay"),
         ((bundle_path, tmp_path / "pictures", "--set", "adapt.lables=9"), "did you mean 'adapt.labels'?"),
     ):
         result = run(*arguments)
@@ -110,3 +116,21 @@ def test_a_recording_that_cannot_be_read_says_why(bundle: Bundle, bundle_path: P
         assert message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
     assert bad.exists()
+    assert (mine / "pictures").exists()
+
+
+def test_indices_and_names_of_classes_are_told_apart(bundle: Bundle, tmp_path: Path) -> None:
+    """Classes of an .npz go by their names where it has some, else by index; names the model lacks are refused."""
+    x, _ = digits("stream", 3, seed=1)
+    shifted = msgspec.structs.replace(bundle.manifest, classes=[str(i) for i in range(1, 11)])
+    np.savez(tmp_path / "plain.npz", x=x, y=[0, 1, 9])
+    np.savez(tmp_path / "named.npz", x=x, y=[0, 1, 1], classes=["10", "1"])
+    np.savez(tmp_path / "strange.npz", x=x, y=[0, 1, 1], classes=["10", "zebra"])
+    np.savez(tmp_path / "more.npz", x=x, y=[0, 1, 10])
+
+    assert read_stream(tmp_path / "plain.npz", shifted)[1].tolist() == [0, 1, 9]
+    assert read_stream(tmp_path / "named.npz", shifted)[1].tolist() == [9, 0, 0]
+    with pytest.raises(InputError, match="'zebra' is no class"):
+        read_stream(tmp_path / "strange.npz", shifted)
+    with pytest.raises(InputError, match="class 10, the model has 0 to 9"):
+        read_stream(tmp_path / "more.npz", shifted)

@@ -83,14 +83,14 @@ def test_a_webhook_that_fails_harms_nobody(
     (port,) = free_ports(1)
     gone = start_daemon(**{"daemon.webhook": f"http://127.0.0.1:{port}/secret"})
     hung = start_daemon(**{"daemon.webhook": listener.url})
-    listener.codes = [404, None]
+    listener.codes = [302, None]
     for daemon in (gone, hung):
         with daemon.client() as client:
             client.call(Pause())
             client.call(Resume())
             assert client.predict(stream[0][:2]).logits.shape == (2, 10)
             assert client.status()["paused"] is False
-    until(lambda: "it answered 404" in hung.log_path.read_text(), "the refusal in the log")
+    until(lambda: "it answered 302" in hung.log_path.read_text(), "the refusal in the log")
     until(lambda: "URLError" in gone.log_path.read_text(), "the failure in the log", 30)
 
     assert [daemon.stop() for daemon in (gone, hung)] == [0, 0]

@@ -59,6 +59,15 @@ def decode_picture(data: bytes | memoryview, image_shape: Sequence[int], resize:
         raise InputError(f"not a JPEG or PNG file that can be read: {error}") from error
 
 
+def picture_pixels(data: bytes | memoryview) -> int:
+    """How many pixels a file claims to have; 0 if it is none that can be decoded."""
+    try:
+        with Image.open(io.BytesIO(data), formats=WIRE_FORMATS) as opened:
+            return opened.width * opened.height
+    except Exception:  # `decode_picture` tells why
+        return 0
+
+
 def _decoded(file: Path | io.BytesIO, image_shape: Sequence[int], resize: str, formats: list[str] | None) -> Array:
     height, width, channels = image_shape
     with Image.open(file, formats=formats) as opened:

@@ -107,7 +107,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 "Since",
                 "When the present shift was found",
                 "dateTimeFromNow",
-                [("1000 * (tta_shift_start_timestamp_seconds{$i} > 0 or on () vector(0))", "")],
+                [("1000 * (tta_shift_start_timestamp_seconds{$i} > 0)", "")],
             ),
             ("tall stat", "Regime", "0 is home", "none", [("tta_regime{$i}", "")]),
             (
@@ -268,6 +268,7 @@ def _panel(panel: Panel, number: int) -> Any:
     if kind.endswith("stat"):
         made = stat.Panel().span(STAT).height(LOW if kind == "stat" else TALL)
         made.color_mode(kinds.BigValueColorMode.NONE).graph_mode(kinds.BigValueGraphMode.NONE)
+        made.no_value("none")
         made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         if title == "State":
             made.text_mode(kinds.BigValueTextMode.NAME)
@@ -292,6 +293,8 @@ def _panel(panel: Panel, number: int) -> Any:
     made.id(number).title(title).description(says).unit(unit).datasource(SOURCE)
     for letter, (text, legend) in zip("ABCDEFGH", queries, strict=False):
         query = prometheus.Dataquery().ref_id(letter).expr(expression(text)).legend_format(legend)
+        if kind.endswith("stat"):
+            query.instant()  # what is, not what has been
         made.with_target(query.datasource(SOURCE))
     return made
 

@@ -14,7 +14,7 @@ from tests.server.conftest import answering, launch
 from tests.server.test_server import exchange
 from tta.bundle import Bundle
 from tta.client import Client, Prediction
-from tta.errors import Code, InputError
+from tta.errors import CancelledError, Code, InputError
 from tta.images import read_image
 from tta.preprocessing import recipe, recipe_hash
 from tta.server.options import ServerOptions
@@ -188,3 +188,49 @@ def test_the_bytes_of_waiting_files_are_bounded(options: ServerOptions, tmp_path
     assert {a.code for a in refused} == {Code.RESOURCE_EXHAUSTED}
     assert all("bytes of files wait" in str(a) for a in refused)
     assert len(refused) < len(sent)
+
+
+def test_pixels_and_names_are_bounded(server: subprocess.Popen, options: ServerOptions, stream: tuple) -> None:
+    """Small files that claim many pixels, and answers of many names, are refused before they cost anything."""
+    flat = io.BytesIO()
+    Image.new("1", (7000, 7000)).save(flat, "PNG")
+    data = flat.getvalue()
+    header = {"v": 1, "op": "predict", "id": 5}
+    encode = msgspec.msgpack.encode
+    many = {**header, "dtype": "bytes", "shape": [4], "sizes": [len(data)] * 4}
+    named = {**header, "dtype": "uint8", "shape": [60, 32, 32, 3], "top_k": 80}
+
+    pixels = exchange(options.endpoint, [encode(many), data * 4])
+    names = exchange(options.endpoint, [encode(named), bytes(60 * 32 * 32 * 3)])
+
+    assert (pixels["code"], names["code"]) == (Code.INVALID_ARGUMENT, Code.OK)  # of 80 names there are 10
+    assert "196,000,000 pixels in one request" in pixels["error"]
+    assert [len(row) for row in names["top"]] == [10] * 60
+
+
+def test_a_cancelled_file_is_not_computed(server: subprocess.Popen, options: ServerOptions) -> None:
+    """A request whose files wait to be decoded can be cancelled, and those behind it are served."""
+    big = picture(1, (3000, 2000))
+    with Client(options.endpoint, timeout_s=60, retry=False, window=1000) as client:
+        sent = [client.submit(big) for _ in range(6)]
+        client.results(0.0)
+        client.cancel(sent[-1])
+        answers: dict = {}
+        while len(answers) < len(sent):
+            answers |= dict(client.results(10.0))
+
+    assert isinstance(answers[sent[-1]], CancelledError)
+    assert all(isinstance(answers[request], Prediction) for request in sent[:-1])
+
+
+def test_lists_of_files_do_not_make_single_ones_look_slow(
+    server: subprocess.Popen, options: ServerOptions
+) -> None:
+    """After a request of many files one with a deadline of a second is still admitted: time is counted by file."""
+    big = picture(1, (900, 700))
+    with Client(options.endpoint, timeout_s=60) as client:
+        for _ in range(2):
+            client.predict([big] * 8)
+        answer = client.predict(picture(), deadline_s=1.0)
+
+    assert answer.logits.shape == (1, 10)

@@ -31,9 +31,10 @@ def export(
     """Write a version's weights under the model's own state_dict names, or with --labels the labelled images.
 
     The labelled images are x (N, H, W, C) uint8, y (N,) and the names of the classes, as `tta package --reference`
-    and `tta replay` take them: those whose class was named and not contested. The file of weights is what `tta
-    package --checkpoint` takes, and `model.load_state_dict(..., strict=False)`: counters of batches are not in it.
-    The daemon may run meanwhile. Signatures are not asked for: see `tta check`.
+    and `tta replay` take them, and `clients` (N,), who labelled: those whose class was named and not contested,
+    also those of clients that may not label any more. The file of weights is what `tta package --checkpoint`
+    takes, and `model.load_state_dict(..., strict=False)`: counters of batches are not in it. The daemon may
+    run meanwhile. Signatures are not asked for: see `tta check`.
     """
     if labels == (version is not None):
         raise ConfigError("name a version, or --labels: one of them")
@@ -81,6 +82,19 @@ def export(
         print(f"{out}: {len(weights)} tensors of version {version}, {len(delta)} of them not the source's")
 
 
+def _check_belongs(state: Path, sha256: str, bundle: Path) -> None:
+    """Labels are indices of one bundle's classes."""
+    from tta.daemon.files import read_json
+    from tta.errors import DamagedError
+
+    try:
+        owner = read_json(state / "state.json").get("bundle_sha256", sha256)
+    except DamagedError as error:
+        raise ConfigError(f"{error}: whose labels these are is not known; see `tta check --repair`") from error
+    if owner != sha256:
+        raise ConfigError(f"{state} belongs to another bundle ({owner[:12]}…) than {bundle} ({sha256[:12]}…)")
+
+
 def _export_labels(bundle: Path, out: Path, state: Path, as_json: bool) -> None:
     import numpy as np
 
@@ -89,11 +103,13 @@ def _export_labels(bundle: Path, out: Path, state: Path, as_json: bool) -> None:
 
     if out.suffix != ".npz":
         raise ConfigError(f"--out {out}: labelled images are written as .npz")
-    manifest = load_bundle(bundle).manifest
-    x, y = read_labelled_images(state / "labels.sqlite", manifest.image_shape)
+    loaded = load_bundle(bundle)
+    manifest = loaded.manifest
+    _check_belongs(state, loaded.sha256, bundle)
+    x, y, clients = read_labelled_images(state / "labels.sqlite", manifest.image_shape)
     temporary = out.with_name(f".{out.name}.tmp.npz")
     try:
-        np.savez(temporary, x=x, y=y, classes=np.array(manifest.classes))
+        np.savez(temporary, x=x, y=y, classes=np.array(manifest.classes), clients=np.array(clients, str))
         temporary.replace(out)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error.strerror or error}") from error

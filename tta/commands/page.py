@@ -7,8 +7,9 @@ browser can label anything.
 import base64
 import io
 import secrets
+import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from tta.client import Client, Question
 from tta.commands.output import print_json
 from tta.errors import ConfigError, TTAError
-from tta.protocol import Metadata
+from tta.protocol import MAX_ASKED_IMAGES, Metadata
 
 MAX_BODY_BYTES = 1 << 16
 STATUS = {3: 400, 5: 404, 7: 403, 8: 429, 14: 503, 16: 401}  # wire code to HTTP's; others are 500
@@ -55,7 +56,7 @@ def serve_page(client: Client, n: int, port: int, as_json: bool) -> None:
     token = secrets.token_urlsafe(16)
     page = _Page(client, n, known["name"], known["classes"])
     try:
-        server = HTTPServer(("127.0.0.1", port), _handler(page, f"/{token}/"))
+        server = ThreadingHTTPServer(("127.0.0.1", port), _handler(page, f"/{token}/"))
     except OSError as error:
         raise ConfigError(f"--port {port} cannot be bound: {error}") from error
     url = f"http://127.0.0.1:{server.server_address[1]}/{token}/"
@@ -67,7 +68,7 @@ def serve_page(client: Client, n: int, port: int, as_json: bool) -> None:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print(f"\n{page.sent} labels sent")
+            print("" if as_json else f"\n{page.sent} labels sent")
 
 
 class _Page:
@@ -76,18 +77,20 @@ class _Page:
     def __init__(self, client: Client, n: int, name: str, classes: list[str]) -> None:
         self.client, self.n, self.name, self.classes = client, n, name, classes
         self.sent = 0
+        self.lock = threading.Lock()  # a client is one thread's at a time; a browser opens several connections
 
     def html(self) -> bytes:
         return files("tta.commands").joinpath("page.html").read_bytes()
 
-    def questions(self) -> dict[str, Any]:
-        """The next pictures, and what is going on."""
+    def questions(self, skipped: int) -> dict[str, Any]:
+        """The next pictures, besides so many that were skipped, and what is going on."""
+        n = min(self.n + skipped, MAX_ASKED_IMAGES)
         status = self.client.status()
         shift = status["shift"]
         return {
             "name": self.name,
             "classes": self.classes,
-            "questions": [_shown(q) for q in self.client.ask(self.n, images=True)],
+            "questions": [_shown(q) for q in self.client.ask(n, images=True)],
             "state": status["state"],
             "labels": shift["labels"] if shift else None,
             "labels_wanted": shift["labels_wanted"] if shift else None,
@@ -126,8 +129,9 @@ def _handler(page: _Page, root: str) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if self.path == root:
                 self._reply(200, page.html(), "text/html; charset=utf-8")
-            elif self.path == root + "questions":
-                self._call(page.questions)
+            elif self.path.startswith(root + "questions"):
+                skipped = self.path.partition("skipped=")[2]
+                self._call(lambda: page.questions(int(skipped or 0)))
             else:
                 self._reply(404, b"open the address that tta ask --page has printed\n", "text/plain")
 
@@ -143,7 +147,8 @@ def _handler(page: _Page, root: str) -> type[BaseHTTPRequestHandler]:
 
         def _call(self, what: Callable[[], dict[str, Any]]) -> None:
             try:
-                status, found = 200, what()
+                with page.lock:
+                    status, found = 200, what()
             except TTAError as error:
                 status, found = STATUS.get(int(error.code), 500), {"error": str(error)}
             except (msgspec.MsgspecError, ValueError) as error:

@@ -11,6 +11,10 @@ import typer
 from tta.commands.output import Json, print_json, print_table, progress_console
 from tta.commands.serve import parse_overrides
 
+MARK = ".tta-replay"  # in a folder that this command may empty
+# Of a configuration that is in production: nobody is told what happens here, and there is no other client.
+ALONE = {"daemon.webhook": None, "security.key": None, "security.clients": None}
+
 if TYPE_CHECKING:
     from tta.scenario.replay import Replay
 
@@ -58,9 +62,9 @@ def replay(
             x, y = read_stream(path, manifest, partial(bar.track, description=f"read {path.name}"))
             name = path.stem or str(path)
             phases.append(Phase(name, "none", x, y, label_share, max_labels, False, len(x), limit_s=float("inf")))
-    _empty(out)
+    _empty(out, [bundle, *streams, *([config] if config else [])])
     arguments = [*(["--config", str(config)] if config else []), *(f"--set={pair}" for pair in settings or [])]
-    daemon = DaemonProcess(bundle, out, {}, arguments=arguments)
+    daemon = DaemonProcess(bundle, out, ALONE, arguments=arguments)
     daemon.start()
     try:
         with Progress(console=progress_console, disable=as_json, transient=True) as bar:
@@ -88,13 +92,18 @@ def replay(
     print(f"report {report}   picture {picture}   log {daemon.log_path}")
 
 
-def _empty(out: Path) -> None:
-    """Make the folder anew, if it is one that this command has made."""
+def _empty(out: Path, inputs: list[Path]) -> None:
+    """Make the folder anew, if it is one that this command has made and nothing that is needed lies in it."""
     from tta.errors import InputError
 
-    if out.exists() and any(out.iterdir()) and not (out / "daemon.log").exists():
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MARK).exists())):
         raise InputError(f"{out} is not empty and holds no earlier replay: name another --out")
+    needed = [path for path in (Path.cwd(), *inputs) if path.resolve().is_relative_to(out.resolve())]
+    if needed:
+        raise InputError(f"{out} is emptied, and {needed[0]} lies in it: name another --out")
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).write_text("made by tta replay, which may empty this folder\n")
 
 
 def _lines(found: "Replay") -> list[str]:

@@ -21,6 +21,7 @@ from tta.protocol import Adapt, Approve, Pause, Request, Reset, Resume, Rollback
 
 BAR = 24  # characters; the threshold is in the middle
 LOOKS = 240  # in the curves
+COMMAND_S = 60.0  # seconds a command may take: a swap prepares its version first
 SURE_S = 5.0  # seconds in which a key that changes what is served has to be pressed again
 EVENTS = 8
 COLOURS = {"stable": "green", "drifted": "yellow", "adapting": "magenta", "probation": "cyan"}
@@ -77,6 +78,7 @@ class Screen(App[None]):
         self._heard = time.monotonic()
         self._pressed: tuple[str, float] = ("", 0.0)
         self._curve: list[float] = []
+        self._commanding = False
 
     def compose(self) -> ComposeResult:
         """The panels."""
@@ -117,6 +119,7 @@ class Screen(App[None]):
         recent = Recent()
         with Client(DEFAULT_ENDPOINT, self._control, self._timeout_s, credentials=self._credentials) as client:
             while self.is_running:
+                client.timeout_s = self._timeout_s
                 try:
                     status = client.status()
                     look = Look(status, client.versions(), recent.take(time.monotonic(), status["traffic"]))
@@ -133,13 +136,16 @@ class Screen(App[None]):
 
     def _command(self, client: Client, request: Request) -> None:
         name = type(request).__name__.lower()
+        client.timeout_s = COMMAND_S
         try:
             reply = client.call(request)
         except TTAError as error:
-            self.call_from_thread(self.notify, str(error), title=name, severity="error")
+            self.call_from_thread(self.notify, str(error), title=name, severity="error", markup=False)
             return
+        finally:
+            self._commanding = False
         said = ", ".join(f"{key} {value}" for key, value in reply.items() if key not in ("v", "id", "code"))
-        self.call_from_thread(self.notify, said or "done", title=name)
+        self.call_from_thread(self.notify, said or "done", title=name, markup=False)
 
     # -- what is shown ------------------------------------------------------------------------------------
 
@@ -189,11 +195,11 @@ class Screen(App[None]):
     def action_pause(self) -> None:
         """Pause, or resume."""
         paused = self._look is not None and self._look.status["paused"]
-        self._requests.put(Resume() if paused else Pause())
+        self._send(Resume() if paused else Pause())
 
     def action_adapt(self) -> None:
         """Adapt with the labels there are; the gate still decides."""
-        self._requests.put(Adapt())
+        self._send(Adapt())
 
     def action_approve(self) -> None:
         """Promote the candidate that waits."""
@@ -207,12 +213,18 @@ class Screen(App[None]):
         """Serve the source."""
         self._send_when_sure("x", "serve the source model", Reset())
 
+    def _send(self, request: Request) -> None:
+        """One command at a time: pressed again, a key is not meant for what its first press has brought about."""
+        if not self._commanding:
+            self._commanding = True
+            self._requests.put(request)
+
     def _send_when_sure(self, key: str, what: str, request: Request) -> None:
         """What changes the serving version asks for the key twice."""
         now = time.monotonic()
         if self._pressed[0] == key and now - self._pressed[1] <= SURE_S:
             self._pressed = ("", 0.0)
-            self._requests.put(request)
+            self._send(request)
         else:
             self._pressed = (key, now)
             self.notify(f"press {key} again to {what}", timeout=SURE_S)

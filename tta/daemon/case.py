@@ -32,6 +32,7 @@ class Case:
         swap_reason: "promotion", "relief", "recall" or "rollback".
         target: number of the recalled regime that is on probation; -1 for a new one.
         actionable: whether the present shift is a reason to act; None while that is not known.
+        found_s: Unix time at which the present shift was found.
         keys: sources the present shift concerns; empty for all.
         accepted: the operator has taken the present shift for normal.
         proven: version that served before one made without labels took its place; None if none has.
@@ -66,6 +67,7 @@ class Case:
     relief: int = 0
     feedback: int = 0
     actionable: bool | None = None
+    found_s: float = 0.0
     keys: tuple[str, ...] = ()
 
     @classmethod

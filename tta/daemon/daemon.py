@@ -540,7 +540,7 @@ class Daemon:
         m, treatment, watch = self.metrics, self.treatment, self.treatment.watch
         self._measure_rate(now)
         m.show_drift(watch.layout.names, watch.monitor.charts.statistic)
-        m.show_shift(treatment.case.cause != "", treatment.case.kind)
+        m.show_shift(treatment.case.cause != "", treatment.case.kind, treatment.case.found_s)
         m.class_statistic.set(watch.monitor.classes.statistic)
         m.conformal_statistic.set(watch.monitor.conformal.statistic)
         m.label_statistic.set(watch.label_statistic)
@@ -548,7 +548,7 @@ class Daemon:
         m.realised_arl.set(watch.monitor.calibration.realised)
         m.stickiness.set(watch.monitor.calibration.stickiness.repeat)
         m.false_alarms.set(treatment.rate * 86400 / watch.arl)
-        m.predicted_accuracy.set(watch.predicted_loss().accuracy)
+        m.predicted_accuracy.set(watch.predicted_loss().accuracy or math.nan)  # 0: no samples to judge by
         m.labels_buffered.set(len(self.labels))
         wanted = (
             treatment.case.wanted - self.labels.count(treatment.case.onset) if treatment.case.actionable else 0

@@ -268,7 +268,7 @@ def salvage(path: Path) -> tuple[Path, int]:
     return aside, len(labels)
 
 
-def read_labelled_images(path: Path, image_shape: Sequence[int]) -> tuple[Array, Array]:
+def read_labelled_images(path: Path, image_shape: Sequence[int]) -> tuple[Array, Array, list[str]]:
     """The images on disk whose class somebody has named and nobody contests; the daemon may run meanwhile.
 
     Args:
@@ -276,14 +276,14 @@ def read_labelled_images(path: Path, image_shape: Sequence[int]) -> tuple[Array,
         image_shape: (H, W, C) of the model.
 
     Returns:
-        x (N, H, W, C) uint8 and y (N,) int64, the oldest first.
+        x (N, H, W, C) uint8, y (N,) int64 and who gave each label ("": nobody was asked for a key, or two agree),
+        the oldest first.
 
     Raises:
         ConfigError: it cannot be read.
     """
-    query = (
-        "SELECT x, label FROM labels WHERE x IS NOT NULL AND label IS NOT NULL AND contested = '' AND feedback = 0"
-    )
+    named = "x IS NOT NULL AND label IS NOT NULL AND contested = '' AND feedback = 0"
+    query = f"SELECT x, label, client FROM labels WHERE {named}"
     try:
         with contextlib.closing(
             sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=1.0)
@@ -294,7 +294,7 @@ def read_labelled_images(path: Path, image_shape: Sequence[int]) -> tuple[Array,
     size = math.prod(image_shape)
     rows = [row for row in rows if len(row[0]) == size]  # a damaged row is no image of this model
     x = np.frombuffer(b"".join(row[0] for row in rows), np.uint8).reshape(-1, *image_shape)
-    return x, np.array([row[1] for row in rows], np.int64)
+    return x, np.array([row[1] for row in rows], np.int64), [row[2] for row in rows]
 
 
 class LabelBuffer:

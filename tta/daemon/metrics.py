@@ -3,7 +3,6 @@
 Prefix `tta_`, base units, closed label sets.
 """
 
-import time
 from collections import Counter as TotalsByCode
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -161,7 +160,8 @@ class Metrics:
         self.false_alarms = self._gauge("expected_false_alarms_per_day", "At the present rate of images")
         self.stickiness = self._gauge("stickiness", "Chance of a repeated sample that thresholds are for")
         self.predicted_accuracy = self._gauge(
-            "predicted_accuracy", "Of the source model on the newest samples, by its confidence, 0 to 1"
+            "predicted_accuracy",
+            "Of the source model on the newest samples, by its confidence, 0 to 1; NaN without any",
         )
         self.alarms = self._counter("alarms", "Alarms, by what raised them", "cause")
         self.notices = self._counter("notices", "Shifts that are no reason to act, by kind", "kind")
@@ -173,7 +173,6 @@ class Metrics:
             "client_disagrees", "1 for a client whose labels contradict the others'", "client"
         )
         self._disagreed: set[str] = set()  # at any time
-        self._in_case = False
         self.labels_buffered = self._gauge("labels_buffered", "Labels on disk")
         self.labels_wanted = self._gauge("labels_wanted", "Labels still wanted before the next adaptation")
         self.accuracy = self._gauge("labelled_accuracy", "Accuracy on the last labels, 0 to 1", "model")
@@ -249,13 +248,11 @@ class Metrics:
             self.state.labels(each.value).set(float(each is state))
         self.drift_detected.set(float(state in (State.DRIFTED, State.ADAPTING)))
 
-    def show_shift(self, in_case: bool, kind: str) -> None:
-        """Set whether there is a shift, of which kind ("": not diagnosed yet), and when it was found."""
+    def show_shift(self, in_case: bool, kind: str, found_s: float) -> None:
+        """Set whether there is a shift, of which kind ("": not diagnosed yet), and its Unix time."""
         for each in KINDS:
             self.shift.labels(each).set(float(in_case and each == (kind if kind in KINDS else "unknown")))
-        if in_case != self._in_case:
-            self.shift_start.set(time.time() if in_case else 0)
-            self._in_case = in_case
+        self.shift_start.set(found_s if in_case else 0)
 
     def show_verdict(self, verdict: Verdict) -> None:
         """Set the gate's gauges."""

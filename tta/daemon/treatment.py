@@ -229,6 +229,8 @@ class Treatment:
         actions = self.cycle.step(event)
         if actions is None:
             return False
+        if event is Event.ALARM:
+            self.case.found_s = time.time()
         self.record(event, before=before, after=self.cycle.state, **evidence)
         self.metrics.transitions.labels(event.value).inc()
         for action in actions:

@@ -24,6 +24,13 @@ TOO_MANY = 429
 CLOSE_S = 2.0
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A POST that is sent elsewhere would arrive there as a GET, without the event."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """Not followed: it is an error of its code."""
+
+
 class Webhook:
     """Posts events to an address.
 
@@ -38,6 +45,7 @@ class Webhook:
         self._url, self._name, self._log, self._count = url, name, log, count
         self._events: queue.Queue[dict[str, Any]] = queue.Queue(WAITING)
         self._closing = threading.Event()
+        self._opener = urllib.request.build_opener(_NoRedirect)
         self._thread = threading.Thread(target=self._run, name="webhook", daemon=True)
         self._thread.start()
 
@@ -77,11 +85,11 @@ class Webhook:
                 break
             try:
                 request = urllib.request.Request(self._url, body, headers)  # config takes http and https only
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S):
+                with self._opener.open(request, timeout=TIMEOUT_S):
                     return ""
             except urllib.error.HTTPError as error:
                 problem = f"it answered {error.code}"
-                if 400 <= error.code < 500 and error.code != TOO_MANY:
+                if error.code < 500 and error.code != TOO_MANY:
                     break
             except (OSError, HTTPException, ValueError) as error:
                 reason = f": {error.reason}" if isinstance(error, urllib.error.URLError) else ""

@@ -107,7 +107,10 @@ def read_stream(path: Path, manifest: Manifest, track: Track = iter) -> tuple[Ar
     shape, resize = manifest.image_shape, manifest.resize
     if path.suffix == ".npz":
         x, y, names = read_labelled(path, shape, resize)
-        named = names if set(names) <= set(manifest.classes) else [str(i) for i in range(len(names))]
+        if names == [str(i) for i in range(len(names))]:  # the file names no classes, or these: indices are meant
+            if len(names) > manifest.n_classes:
+                raise InputError(f"{path}: class {len(names) - 1}, the model has 0 to {manifest.n_classes - 1}")
+            return x, y
     elif path.suffix == ".csv":
         return _read_csv(path, manifest, track)
     elif path.is_dir() and not any(p.is_dir() for p in path.iterdir()):
@@ -120,7 +123,7 @@ def read_stream(path: Path, manifest: Manifest, track: Track = iter) -> tuple[Ar
         return x, _indices([file.relative_to(path).parts[0] for file in pictures], manifest, path)
     else:
         raise InputError(f"{path} is no recording: give an .npz, a .csv with PICTURE,CLASS, or a folder")
-    return x, _indices([named[i] for i in y], manifest, path)
+    return x, _indices([names[i] for i in y], manifest, path)
 
 
 def _read_csv(path: Path, manifest: Manifest, track: Track) -> tuple[Array, Array]:
@@ -204,14 +207,9 @@ def measure_replay(scenario: Scenario, bundle: Path) -> Replay:
 
 def _why(scenario: Scenario, version: int, first: int) -> tuple[str, str]:
     """Block of a version, and the reason of the swap that brought it before image `first`."""
-    swap: dict[str, Any] = next(
-        (
-            e
-            for e in reversed(scenario.events)
-            if e["event"] == "swapped" and e["serving"] == version and e["sequence"] <= first + 1
-        ),
-        {},
-    )
+    # The daemon hears of a swap a little after the first images that the new version answers.
+    swaps = [e for e in scenario.events if e["event"] == "swapped" and e["serving"] == version]
+    swap: dict[str, Any] = min(swaps, key=lambda e: abs(e["sequence"] - first), default={}) if first else {}
     if not version:
         return "", str(swap.get("reason", ""))
     manifest = scenario.daemon.folder / "state" / "versions" / f"{version:06d}" / "manifest.json"

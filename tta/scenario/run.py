@@ -138,6 +138,9 @@ class Scenario:
             end = self.seconds() + 10
             while self._by_request and self.seconds() < end:
                 self._collect(client, 0.1)
+            for _, number in self._due:  # their time did not come
+                self.sent[number].labelled = False
+                self.labels_sent[self.sent[number].phase] -= 1
             self._look(client)
 
     def seconds(self) -> float:

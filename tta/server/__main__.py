@@ -148,7 +148,7 @@ class Server:
         self.batcher.close()
         while time.monotonic() < end and self.inference.is_alive():
             self.frontend.tick()
-        left = [*self.batcher.clear(), *self.frontend.undecoded()]
+        left = [*self.batcher.clear(), *self.frontend.give_up_files()]
         self.frontend.finish(Failed(left, UnavailableError("the server went down", 1.0)))
         self.frontend.close()
         self.context.destroy(linger=1000)
@@ -167,7 +167,8 @@ class Server:
         sample = random.Random(self.options.seed)
         shipped = sang = time.monotonic()
         while True:
-            draining = self.frontend.draining  # from then on an empty queue stays empty
+            # From then on an empty queue stays empty, once no files are left.
+            draining = self.frontend.draining and not self.frontend.decoding
             batch, dropped = self.batcher.take(timeout_s=0.1)
             if dropped:
                 self.frontend.finish(Failed(dropped))
@@ -181,7 +182,7 @@ class Server:
                 except Exception as error:  # whatever the runtime raises, the clients get an answer
                     self.log.exception("batch_failed", error=str(error))
                     self.frontend.finish(Failed(batch, error))
-            elif not dropped and draining and not self.frontend.decoding:
+            elif not dropped and draining:
                 break
             elif time.monotonic() - max(self.inferred, sang) >= CANARY_S:
                 sang = time.monotonic()

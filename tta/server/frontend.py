@@ -47,6 +47,7 @@ FILE_BYTES = 64 << 20  # of a client's files that wait to be decoded, unless it 
 ALL_FILE_BYTES = 512 << 20  # of everybody's
 REPLY_BYTES = 250  # of a reply beside its frames' content
 FILES_RETRY_S = 0.1
+MAX_NAMES = 4096  # of classes in one answer: they are made where all answers are sent
 BACKLOG_S = 0.002  # between two readings while a batch or more is queued anyway
 # pyzmq's send_multipart costs 11 us for three frames, these 2; receiving 7 and 5 (measured).
 _SEND, _RECEIVE, _GET = zmq.backend.Socket.send, zmq.backend.Socket.recv, zmq.backend.Socket.get
@@ -194,8 +195,8 @@ class Frontend:
         self._finished: deque[Computed | Failed] = deque()  # from the inference thread
         self._admin_replies: deque[list[bytes]] = deque()  # from the builder thread
         self._decoded: deque[tuple[Pending, BaseException | None]] = deque()  # from the decoder thread
-        self._decoder = Decoder(options, manifest, self._hand_over)
-        self.decoding = 0  # requests whose files are not in the batcher yet
+        self._decoder = Decoder(options, manifest, self._hand_over, log)
+        self._undecoded: set[Pending] = set()  # requests whose files are not in the batcher yet
         self._file_bytes: dict[bytes, int] = {}  # of them, by client
         self._wake, self._waker = os.pipe()
         os.set_blocking(self._wake, False)
@@ -205,6 +206,11 @@ class Frontend:
             self._poller.register(source, zmq.POLLIN)
         if self._doorkeeper is not None:
             self._poller.register(self._doorkeeper.socket, zmq.POLLIN)
+
+    @property
+    def decoding(self) -> int:
+        """Requests whose files are not in the batcher yet."""
+        return len(self._undecoded)
 
     def tick(self) -> None:
         """Wait for something to happen, then drain every socket that has something."""
@@ -331,6 +337,8 @@ class Frontend:
         now = time.monotonic()
         expires = now + request.deadline_s if request.deadline_s is not None else float("inf")
         top_k = min(request.top_k or 0, self.manifest.n_classes)
+        if top_k * len(x) > MAX_NAMES:
+            raise InputError(f"top_k = {top_k} of {len(x)} images: at most {MAX_NAMES:,} names in one answer")
         admitted = Pending(
             identity, request.id, x, now, expires, request.key or "", request.observe, client, top_k, files
         )
@@ -342,18 +350,20 @@ class Frontend:
 
     def _decode(self, request: Pending, n_bytes: int) -> None:
         """Queue a request whose files have to be decoded first; their bytes are bounded beside their number."""
-        own = self._file_bytes.get(request.identity, 0)
-        if own and (own + n_bytes > FILE_BYTES or sum(self._file_bytes.values()) + n_bytes > ALL_FILE_BYTES):
-            raise OverloadedError(f"{own:,} bytes of files wait to be decoded already", FILES_RETRY_S)
+        own, total = self._file_bytes.get(request.identity, 0), sum(self._file_bytes.values())
+        if (own and own + n_bytes > FILE_BYTES) or (total and total + n_bytes > ALL_FILE_BYTES):
+            raise OverloadedError(
+                f"{own:,} bytes of files wait to be decoded, {total:,} of all clients", FILES_RETRY_S
+            )
         self._decoder.start()
         request.file_bytes = n_bytes
         self._queue(request, self._decoder.queue)
-        self.decoding += 1
+        self._undecoded.add(request)
         self._file_bytes[request.identity] = self._file_bytes.get(request.identity, 0) + n_bytes
 
     def _decoded_or_gone(self, request: Pending) -> None:
         """A request that waits for its files no longer."""
-        self.decoding -= 1
+        self._undecoded.remove(request)
         left = self._file_bytes[request.identity] - request.file_bytes
         self._file_bytes[request.identity] = left
         if not left:
@@ -370,19 +380,34 @@ class Frontend:
 
     def _take_decoded(self, request: Pending, error: BaseException | None) -> None:
         """A request whose files have become images, or not, goes on to be computed, or is refused."""
-        self._decoded_or_gone(request)
+        if request not in self._undecoded:  # it was refused when the server went down
+            return
         try:
             if error is not None:
                 raise error
             self._queue(request, self.batcher)
-        except TTAError as refusal:
+        except Exception as refusal:
             waited = isinstance(error, CancelledError | DeadlineError)  # it had been admitted
-            count(self.statistics.requests if waited else self.statistics.rejected, refusal.code)
+            code = refusal.code if isinstance(refusal, TTAError) else Code.INTERNAL
+            count(self.statistics.requests if waited else self.statistics.rejected, code)
             self._refuse(request, refusal)
+        finally:
+            self._decoded_or_gone(request)  # last: the inference thread waits for it before it ends
 
-    def undecoded(self) -> list[Pending]:
-        """Requests whose files are not decoded any more: the server ends."""
-        return [*self._decoder.queue.clear(), *(request for request, _ in self._decoded)]
+    def give_up_files(self) -> list[Pending]:
+        """The requests whose files are not decoded any more: the server ends."""
+        left = list(self._undecoded)
+        self._undecoded.clear()
+        self._file_bytes.clear()
+        return left
+
+    def _cancel_undecoded(self, identity: bytes, request_id: int | str) -> bool:
+        """Mark a request whose files wait or are being decoded; False if there is none."""
+        for request in self._undecoded:
+            if request.identity == identity and request.request_id == request_id:
+                request.cancelled = True
+                return True
+        return False
 
     def _is_repeated(self, identity: bytes, client: str, request_id: int | str) -> bool:
         """Whether this request is known already; if so it is answered, or will be, where it came from last."""
@@ -422,7 +447,7 @@ class Frontend:
                 "code": 0,
                 "version": batch.version,
                 "prediction_id": batch.first_id + row,
-                "credit": credit,
+                "credit": min(credit, self._decoder.queue.credit()) if request.file_bytes else credit,
                 "queue_s": batch.started - request.received,
                 "compute_s": batch.compute_s,
                 "shape": [n, n_classes],
@@ -451,7 +476,7 @@ class Frontend:
         if isinstance(request, protocol.Cancel):
             named = self._repeats.queued(request.client, request.id) if request.client else None
             owner = named.identity if named is not None else identity
-            cancelled = self.batcher.cancel(owner, request.id) or self._decoder.queue.cancel(owner, request.id)
+            cancelled = self.batcher.cancel(owner, request.id) or self._cancel_undecoded(owner, request.id)
             return {**reply, "cancelled": cancelled}
         if isinstance(request, protocol.Ready):
             return {**reply, "ready": not self.draining}
