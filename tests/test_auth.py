@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import select
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,6 +241,22 @@ def test_a_refused_client_gets_in_once_it_is_listed(guarded: Guarded) -> None:
     with guarded.client("stranger") as client:
         asyncio.run(go())
     guarded.allow(PEOPLE)
+
+
+def test_a_refusal_is_not_missed_on_a_busy_machine(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose thread is held up before it listens for events hears of a refusal all the same."""
+    listen = zmq.Socket.monitor
+
+    def held_up(self: zmq.Socket, *arguments: Any) -> None:
+        select.select([], [], [], 0.2)  # the kernel has other things to do
+        listen(self, *arguments)
+
+    monkeypatch.setattr(zmq.Socket, "monitor", held_up)
+    for who, reason in (("stranger", "does not know this client's key"), (None, "asks for a key")):
+        with guarded.client(who, 5.0) as client:
+            for call in (client.status, client.ready):
+                with pytest.raises(UnauthenticatedError, match=reason):
+                    call()
 
 
 def test_a_connection_that_is_refused_when_it_comes_back_says_so(guarded: Guarded) -> None:

@@ -70,7 +70,7 @@ def test_a_proposal_waits_for_approval(shifted: Callable) -> None:
 
 def test_what_is_cancelled_leaves_nothing_behind(shifted: Callable) -> None:
     """A reset in the middle of an adaptation ends it, and its request goes from the disk."""
-    daemon, traffic = shifted(**{"adapt.epochs": 5000})
+    daemon, traffic = shifted(**{"adapt.epochs": 1000, "adapt.budget_s": 3600})
     work = runtime_folder(daemon.folder / "state") / "work"
     until(lambda: status(daemon).get("state") == "adapting" and list(work.glob("request-*/*")), "the request", 120)
     traffic.label_every = 0

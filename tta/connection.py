@@ -31,15 +31,21 @@ def connect(
     timeout_s: float,
     queue: bool = False,
     credentials: Credentials | None = None,
-    turn: int = 0,
 ) -> Any:
-    """A DEALER; unless it may `queue`, it takes nothing to send while there is no connection.
-
-    `turn` says which of the daemon's keys the credentials use.
+    """A connected DEALER; unless it may `queue`, it takes nothing to send while there is no connection.
 
     Raises:
         ConfigError: the endpoint is no address.
     """
+    socket = _dealer(context, endpoint, timeout_s, queue, credentials, 0)
+    _connect(socket, endpoint)
+    return socket
+
+
+def _dealer(
+    context: Any, endpoint: str, timeout_s: float, queue: bool, credentials: Credentials | None, turn: int
+) -> Any:
+    """One that is not connected yet; `turn` says which of the daemon's keys the credentials use."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDTIMEO, round(timeout_s * 1000))
@@ -50,12 +56,15 @@ def connect(
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     if credentials is not None and endpoint.startswith("tcp:"):
         credentials.show_on(socket, turn)
+    return socket
+
+
+def _connect(socket: Any, endpoint: str) -> None:
     try:
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         socket.close()
         raise ConfigError(f"endpoint {endpoint!r} is no address: write tcp://HOST:PORT or ipc://PATH") from error
-    return socket
 
 
 def prepare_listener(socket: Any, endpoint: str, max_message_bytes: int) -> None:
@@ -110,13 +119,19 @@ class Connection:
         self._has_choice = credentials is not None and self._has_key and credentials.n_server_keys > 1
         self._broken: int = former._broken if former is not None else 0
         self._turn: int = former._turn + former.wrong_key if former is not None else 0
-        self.socket = connect(context, endpoint, timeout_s, queue, credentials, self._turn)
+        self.socket = _dealer(context, endpoint, timeout_s, queue, credentials, self._turn)
         address = f"inproc://monitor-{next(_numbers)}"
         self.socket.monitor(address, EVENTS)
         self.monitor = context.socket(zmq.PAIR)
         self.monitor.setsockopt(zmq.LINGER, 0)
         self.monitor.setsockopt(zmq.RCVHWM, 0)
         self.monitor.connect(address)
+        # Only now: a refusal can come before this thread goes on, is told once, and libzmq does not knock again.
+        try:
+            _connect(self.socket, endpoint)
+        except ConfigError:
+            self.monitor.close()
+            raise
 
     def close(self) -> None:
         """Drop what was not sent."""
