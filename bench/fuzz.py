@@ -226,24 +226,18 @@ def feed(name: str, data: bytes) -> None:
         return
 
 
-# A picture of one grey pixel.
-PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c6360000000020001e221bc33"
-    "0000000049454e44ae426082"
-)
-
-
 @lru_cache
 def examples(name: str) -> list[bytes]:
     """Well-formed inputs of a target."""
     x = np.zeros((1, *IMAGE_SHAPE), np.uint8)
     predict = protocol.Predict(id=1, dtype="uint8", shape=list(x.shape), deadline_s=1.0, key="k", client="c")
+    png = _picture("PNG")
     label = protocol.Label(id=1, labels=[1], dtype="uint8", shape=list(x.shape))
     of_kind: dict[str, Callable[[], list[bytes]]] = {
         "data_request": lambda: [
             _framed(protocol.encode(predict, x)),
             _framed(
-                [*protocol.encode(protocol.Predict(dtype="bytes", shape=[1], sizes=[len(PNG)], top_k=1)), PNG]
+                [*protocol.encode(protocol.Predict(dtype="bytes", shape=[1], sizes=[len(png)], top_k=1)), png]
             ),
             *(
                 _framed(protocol.encode(each(id="a")))

@@ -1,5 +1,6 @@
 """Bundles: a damaged one is never served."""
 
+import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -59,6 +60,15 @@ def test_a_bundle_of_another_format_is_refused(unpacked: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 99'))
 
     with pytest.raises(BundleError, match="format 99"):
+        load_bundle(unpacked)
+
+
+def test_a_way_to_resize_that_there_is_not_is_refused(unpacked: Path) -> None:
+    """A manifest of a later release, or a damaged one, is told apart from a fault of ours."""
+    manifest = json.loads((unpacked / "manifest.json").read_text())
+    (unpacked / "manifest.json").write_text(json.dumps({**manifest, "resize": "fold"}))
+
+    with pytest.raises(BundleError, match="resize 'fold' is none of crop, stretch: package again"):
         load_bundle(unpacked)
 
 

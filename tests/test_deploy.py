@@ -224,9 +224,8 @@ def test_kubernetes_takes_the_manifests() -> None:
         for peer in rule["from"]
     ]
     assert clients == [{"tta.io/client": "true"}, {"tta.io/operator": "true"}]
-    assert (
-        "includeSelectors" not in (folder / "kustomization.yaml").read_text()
-    )  # it would select clients by our name
+    # It would select clients by our name.
+    assert "includeSelectors" not in (folder / "kustomization.yaml").read_text()
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert {port["name"]: port["port"] for port in service} == ports
     addresses = (config.server.endpoint, config.daemon.control, config.daemon.http)

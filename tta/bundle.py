@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tta.errors import BundleError
-from tta.preprocessing import recipe, recipe_hash
+from tta.preprocessing import RESIZES, recipe, recipe_hash
 from tta.signatures import SIGNATURES, SigningKey, read_signatures, signer_of, with_signature
 
 FORMAT = 3
@@ -165,6 +165,10 @@ def load_bundle(path: str | os.PathLike[str], sha256: str = "") -> Bundle:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{root}: manifest.json cannot be read ({error}): package the model again") from error
+    if manifest.format != FORMAT:
+        raise BundleError(f"{root}: bundle format {manifest.format}, this tta reads {FORMAT}: package again")
+    if manifest.resize not in RESIZES:
+        raise BundleError(f"{root}: resize {manifest.resize!r} is none of {', '.join(RESIZES)}: package again")
     computed = recipe_hash(manifest.preprocessing)
     if manifest.preprocessing_sha256 not in ("", computed):
         raise BundleError(
@@ -172,8 +176,6 @@ def load_bundle(path: str | os.PathLike[str], sha256: str = "") -> Bundle:
             "package the model again with this release"
         )
     manifest = msgspec.structs.replace(manifest, preprocessing_sha256=computed)
-    if manifest.format != FORMAT:
-        raise BundleError(f"{root}: bundle format {manifest.format}, this tta reads {FORMAT}: package again")
     files: dict[str, bytes] = {}
     for name in (*FILES, *({FP16} & set(manifest.sha256))):
         files[name] = _read(root, name)

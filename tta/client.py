@@ -114,10 +114,9 @@ def _batch(x: Images) -> Images:
 
 def _payload(x: Images | Pictures) -> tuple[str, list[int], list[int], bytes]:
     """Dtype, shape and sizes of a request for images or files, and its payload."""
-    files = (
-        [x] if isinstance(x, bytes) else [f for f in x if isinstance(f, bytes)] if isinstance(x, Sequence) else []
-    )
-    if files and (isinstance(x, bytes) or len(files) == len(x)):
+    given = [x] if isinstance(x, bytes) else x
+    files = [file for file in given if isinstance(file, bytes)] if isinstance(given, list | tuple) else []
+    if files and len(files) == len(given):
         return protocol.PICTURES, [len(files)], [len(file) for file in files], b"".join(files)
     images = _batch(np.asarray(x))
     return str(images.dtype), list(images.shape), [], protocol.tensor_bytes(images)

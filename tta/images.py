@@ -12,7 +12,6 @@ from PIL import Image
 from tta.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
-RESIZES = ("crop", "stretch")
 WIRE_FORMATS = ["JPEG", "PNG"]
 MAX_PIXELS = 50_000_000  # of a picture; a small file can claim to be any size
 

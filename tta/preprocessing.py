@@ -8,6 +8,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+RESIZES = {  # what each way does, as part of the recipe
+    "crop": "scale so that the picture covers the size, rounding each side; cut out the centre, rounding down",
+    "stretch": "scale each side to the size",
+}
+
 
 def recipe(image_shape: Sequence[int], resize: str, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """What happens to a picture before the network sees it, in words that another program can follow.
@@ -19,15 +24,11 @@ def recipe(image_shape: Sequence[int], resize: str, mean: Sequence[float], std: 
         std: the same.
     """
     height, width, channels = image_shape
-    how = {
-        "crop": "scale so that the picture covers the size, rounding each side; cut out the centre, rounding down",
-        "stretch": "scale each side to the size",
-    }[resize]
     return {
         "colour": "RGB" if channels == 3 else "L",
         "orientation": "as stored: EXIF is not applied",
         "size": [height, width],
-        "resize": how,
+        "resize": RESIZES[resize],
         "interpolation": "bilinear with antialiasing (Pillow's BILINEAR)",
         "dtype": "uint8",
         "layout": "NHWC",

@@ -3,8 +3,9 @@
 Prefix `tta_`, base units, closed label sets.
 """
 
-from collections import Counter as TotalsByCode
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -29,6 +30,20 @@ _HISTOGRAMS = {
 }
 
 
+_NOTHING = Counters(
+    epoch=0,
+    requests={},
+    rejected={},
+    undeliverable=0,
+    repeated=0,
+    images=0,
+    batches=0,
+    observations_dropped=0,
+    queue_images=0,
+    histograms={name: ([0] * (len(bounds) + 1), 0.0) for name, (_, bounds) in _HISTOGRAMS.items()},
+)
+
+
 class ServerTotals(Collector):
     """Sums the counters of all server processes this daemon has seen."""
 
@@ -50,57 +65,51 @@ class ServerTotals(Collector):
             `images`, `queue_images`, `requests` and `rejected` by code, `bounds_s` of the buckets of requests'
             durations, and `durations`, how many fell into each and, last, beyond all.
         """
-        every = self._every()
-        durations = [0] * (len(DURATION_BUCKETS_S) + 1)
-        for c in every:
-            durations = [
-                a + b for a, b in zip(durations, c.histograms["request_duration_seconds"][0], strict=True)
-            ]
+        total = self._total()
         return {
-            "images": sum(c.images for c in every),
+            "images": total.images,
             "queue_images": self._queued(),
-            "requests": dict(sum((TotalsByCode(c.requests) for c in every), TotalsByCode())),
-            "rejected": dict(sum((TotalsByCode(c.rejected) for c in every), TotalsByCode())),
+            "requests": total.requests,
+            "rejected": total.rejected,
             "bounds_s": list(DURATION_BUCKETS_S),
-            "durations": durations,
+            "durations": total.histograms["request_duration_seconds"][0],
         }
 
-    def _every(self) -> list[Counters]:
-        return [c for by_epoch in self._seen.values() for c in by_epoch.values()]
+    def _total(self) -> Counters:
+        """Of all servers, since ever; but for what is queued now."""
+        every = (c for by_epoch in self._seen.values() for c in by_epoch.values())
+        return reduce(lambda a, b: _added(a, b, b.epoch), every, _NOTHING)
 
     def _queued(self) -> int:
         return sum(by_epoch[max(by_epoch)].queue_images for by_epoch in self._seen.values())
 
     def collect(self) -> Iterator[Any]:
         """Metric families, for prometheus_client."""
-        every, queued = self._every(), self._queued()
-        requests = CounterMetricFamily("tta_requests", "Requests answered, by code", labels=["code"])
-        rejected = CounterMetricFamily("tta_rejected", "Requests refused on arrival, by code", labels=["code"])
-        for family, field in ((requests, "requests"), (rejected, "rejected")):
-            usual = {"ok"} if field == "requests" else {"resource_exhausted", "deadline_exceeded"}
-            for code in sorted(usual.union(*(getattr(c, field) for c in every))):
-                family.add_metric([code], sum(getattr(c, field).get(code, 0) for c in every))
-            yield family
-        for name, text, field in (
-            ("tta_images", "Images predicted", "images"),
-            ("tta_batches", "Batches computed", "batches"),
-            ("tta_undeliverable_replies", "Replies a client did not take", "undeliverable"),
-            ("tta_repeated_requests", "Requests sent again and not computed again", "repeated"),
-            ("tta_observations_dropped", "Batches the daemon did not see", "observations_dropped"),
+        total = self._total()
+        for name, text, codes, usual in (
+            ("tta_requests", "Requests answered, by code", total.requests, {"ok"}),
+            (
+                *("tta_rejected", "Requests refused on arrival, by code", total.rejected),
+                {"resource_exhausted", "deadline_exceeded"},
+            ),
         ):
-            yield CounterMetricFamily(name, text, value=sum(getattr(c, field) for c in every))
-        yield GaugeMetricFamily("tta_queue_images", "Images queued now", value=queued)
+            family = CounterMetricFamily(name, text, labels=["code"])
+            for code in sorted(usual | {*codes}):
+                family.add_metric([code], codes.get(code, 0))
+            yield family
+        for name, text, value in (
+            ("tta_images", "Images predicted", total.images),
+            ("tta_batches", "Batches computed", total.batches),
+            ("tta_undeliverable_replies", "Replies a client did not take", total.undeliverable),
+            ("tta_repeated_requests", "Requests sent again and not computed again", total.repeated),
+            ("tta_observations_dropped", "Batches the daemon did not see", total.observations_dropped),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
+        yield GaugeMetricFamily("tta_queue_images", "Images queued now", value=self._queued())
         for name, (text, bounds) in _HISTOGRAMS.items():
-            counts, total = [0] * (len(bounds) + 1), 0.0
-            for c in every:
-                theirs, their_sum = c.histograms[name]
-                counts = [a + b for a, b in zip(counts, theirs, strict=True)]
-                total += their_sum
-            running, buckets = 0, []
-            for bound, count in zip([*map(str, bounds), "+Inf"], counts, strict=True):
-                running += count
-                buckets.append((bound, running))
-            yield HistogramMetricFamily(f"tta_{name}", text, buckets=buckets, sum_value=total)
+            counts, seconds = total.histograms[name]
+            ends = zip([*map(str, bounds), "+Inf"], accumulate(counts), strict=True)
+            yield HistogramMetricFamily(f"tta_{name}", text, buckets=list(ends), sum_value=seconds)
 
 
 def _added(a: Counters, b: Counters, epoch: int) -> Counters:

@@ -16,14 +16,13 @@ from torch import nn
 import tta
 from tta.bundle import FORMAT, FP16, Bundle, Manifest, load_bundle, write_bundle
 from tta.errors import BundleError, InputError
-from tta.images import RESIZES
 from tta.monitor.charts import Layout
 from tta.monitor.reference import MIN_REFERENCE
 from tta.packaging.blocks import BlockPlan, partition
 from tta.packaging.export import Served, Taps, export
 from tta.packaging.reference import fit_whitening, raw_features, reference_arrays
+from tta.preprocessing import RESIZES, recipe_hash
 from tta.preprocessing import recipe as steps_of
-from tta.preprocessing import recipe_hash
 
 N_PARITY = 256
 PARITY_TOLERANCE = 1e-3  # of the largest logit

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tta.bundle import Manifest
 from tta.errors import InputError
 from tta.images import find_images, read_image, read_labelled
-from tta.scenario.report import count_mixed, expected_logits
+from tta.scenario.report import block_of, count_mixed, expected_logits
 from tta.scenario.run import Scenario
 
 Array = npt.NDArray[Any]
@@ -158,7 +158,7 @@ def measure_replay(scenario: Scenario, bundle: Path) -> Replay:
     served = np.array([UNKNOWN if s.logits is None else int(s.logits.argmax()) for s in scenario.sent])
     versions = np.array([s.version for s in scenario.sent])
     y = truth[at]
-    counted = (y >= 0) & (served >= 0) & ~np.array([s.labelled for s in scenario.sent])
+    counted = (served >= 0) & np.array([scenario.is_scored(s) for s in scenario.sent])
     source = expected[0].argmax(axis=1)[at]
 
     def shares(chosen: Array) -> tuple[float | None, float | None]:
@@ -210,10 +210,7 @@ def _why(scenario: Scenario, version: int, first: int) -> tuple[str, str]:
     # The daemon hears of a swap a little after the first images that the new version answers.
     swaps = [e for e in scenario.events if e["event"] == "swapped" and e["serving"] == version]
     swap: dict[str, Any] = min(swaps, key=lambda e: abs(e["sequence"] - first), default={}) if first else {}
-    if not version:
-        return "", str(swap.get("reason", ""))
-    manifest = scenario.daemon.folder / "state" / "versions" / f"{version:06d}" / "manifest.json"
-    return str(json.loads(manifest.read_text())["block"]), str(swap.get("reason", ""))
+    return block_of(scenario, version), str(swap.get("reason", ""))
 
 
 def write_report(replay: Replay, path: Path, picture: Path, title: str, lines: Sequence[str]) -> None:

@@ -147,7 +147,7 @@ def _phase_report(scenario: Scenario, number: int, source_logits: Array) -> Phas
         accuracy_source=_mean(source_right.tolist()),
         accuracy_before=_accuracy(scenario, mine[:cure], labelled),
         accuracy_after=_accuracy(scenario, mine[cure:], labelled) if cure is not None else None,
-        block=_block_of(scenario, final),
+        block=block_of(scenario, final),
         version=final,
         labels=scenario.labels_sent[number],
         seconds_to_recover=round(cured_at - began, 2) if cured_at is not None else None,
@@ -175,7 +175,8 @@ def _unique(sent: Sequence[Sent], labelled: set[int]) -> int:
     return len({s.index for s in sent if s.logits is not None and s.index not in labelled})
 
 
-def _block_of(scenario: Scenario, version: int) -> str:
+def block_of(scenario: Scenario, version: int) -> str:
+    """What was operated on to make a version; "" for the source."""
     if version == 0:
         return ""
     path = scenario.daemon.folder / "state" / "versions" / f"{version:06d}" / "manifest.json"

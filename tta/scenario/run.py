@@ -199,12 +199,11 @@ class Scenario:
         return not phase.cured and len(self.sent) - self.starts[self.phase][0] >= phase.after
 
     def _phase_done(self) -> bool:
-        phase, (first, began) = self.phases[self.phase], self.starts[self.phase]
+        phase, (_, began) = self.phases[self.phase], self.starts[self.phase]
         if self.seconds() - began > phase.limit_s:
             return True
-        sent = len(self.sent) - first
         if not phase.cured:
-            return sent >= phase.after
+            return self._all_sent()
         settled = self.status.get("state") == "stable" and self._settled_version()
         if not settled:
             self._cure.pop(self.phase, None)
@@ -237,7 +236,7 @@ class Scenario:
         """Of the last answered, unlabelled images whose class is known."""
         right = []
         for sent in reversed(self.sent):
-            if sent.logits is not None and not sent.labelled and self.is_known(sent):
+            if sent.logits is not None and self.is_scored(sent):
                 right.append(self.is_right(sent))
                 if len(right) == n:
                     break
@@ -247,9 +246,9 @@ class Scenario:
         """Place of its image among the images of all phases."""
         return sum(len(p.x) for p in self.phases[: sent.phase]) + sent.index
 
-    def is_known(self, sent: Sent) -> bool:
-        """Whether it is known what its image shows."""
-        return bool(self.phases[sent.phase].y[sent.index] >= 0)
+    def is_scored(self, sent: Sent) -> bool:
+        """Whether its answer counts: what the image shows is known, and was not told to the daemon."""
+        return not sent.labelled and bool(self.phases[sent.phase].y[sent.index] >= 0)
 
     def is_right(self, sent: Sent) -> bool:
         """Whether its answer names what the image shows."""

@@ -28,17 +28,14 @@ def draw_timeline(scenario: Scenario, path: Path, title: str) -> None:
             axis.axvspan(first, end, color=kinds[phase.shift_kind], zorder=0)
         axes[0].text((first + end) / 2, 1.04, phase.name, ha="center", va="bottom", fontsize=9)
     right = np.array(
-        [
-            scenario.is_right(s) if s.logits is not None and not s.labelled and scenario.is_known(s) else np.nan
-            for s in scenario.sent
-        ]
+        [scenario.is_right(s) if s.logits is not None and scenario.is_scored(s) else np.nan for s in scenario.sent]
     )
     if scenario.source_logits is not None:
         classes = scenario.source_logits.argmax(axis=1)
         source = np.array(
             [
                 float(classes[scenario.flat_index(s)] == scenario.phases[s.phase].y[s.index])
-                if not s.labelled and scenario.is_known(s)
+                if scenario.is_scored(s)
                 else np.nan
                 for s in scenario.sent
             ]

@@ -1,8 +1,8 @@
 """The ROUTER loop: admit, reject, reply. Owns every socket that clients and the daemon talk to.
 
 Runs in the server's main thread: a synchronous poll, after which each socket is read until it is empty. Computed
-batches come from the inference thread as objects, answers to the daemon from the builder thread; a byte in a pipe
-wakes the poll.
+batches come from the inference thread as objects, requests whose files are images now from the decoder thread,
+answers to the daemon from the builder thread; a byte in a pipe wakes the poll.
 """
 
 import os
