@@ -22,16 +22,15 @@ from typing import Any
 import yaml
 
 from bench.faults import digits_bundle
-from tta.client import Client, Prediction
 from tta.packaging.digits import corrupt, digits
-from tta.scenario import DaemonProcess, free_ports
+from tta.scenario import DaemonProcess, Phase, Scenario, free_ports
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 RESULTS = Path(__file__).parent / "results"
 RATE = 100.0  # images a second
 PHASES = (("clean", 40.0), ("noise", 70.0), ("clean again", 30.0))  # seconds
-LABEL_EVERY = 4
+LABEL_SHARE = 0.25
 SETTINGS: dict[str, Any] = {
     **{"adapt.labels": 200, "adapt.augment": ["crop"], "adapt.epochs": 6, "adapt.window": 512},
     **{"monitor.window": 256, "gate.probation_s": 2.0},
@@ -117,29 +116,18 @@ def drive(daemon: DaemonProcess) -> list[tuple[str, float]]:
     """Send the phases; their names and the Unix times at which they began."""
     x, y = digits("stream", 3000, seed=5)
     images = {"clean": x, "noise": corrupt(x, "noise", 1), "clean again": x}
-    began = []
-    sent, labels = 0, {}
-    with daemon.client(30.0) as client:
-        for name, seconds in PHASES:
-            began.append((name, time.time()))
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                labels[client.submit(images[name][sent % len(x)])] = int(y[sent % len(y)])
-                sent += 1
-                _label(client, labels, 1 / RATE)
-                print(f"\r{name}: {max(0, end - time.monotonic()):.0f} s left   ", end="", file=sys.stderr)
+    phases = [
+        Phase(name, "none", images[name], y, LABEL_SHARE, len(x) * 10, False, int(RATE * seconds), float("inf"))
+        for name, seconds in PHASES
+    ]
+
+    def show(scenario: Scenario) -> None:
+        print(f"\r{scenario.phases[scenario.phase].name}: {scenario.seconds():.0f} s   ", end="", file=sys.stderr)
+
+    scenario, began = Scenario(daemon, phases, RATE, view=show), time.time()
+    scenario.run()
     print(file=sys.stderr)
-    return began
-
-
-def _label(client: Client, labels: dict[int | str, int], seconds: float) -> None:
-    """Take answers until `seconds` have passed, and label every fourth."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        for request, answer in client.results(left):
-            label = labels.pop(request)
-            if isinstance(answer, Prediction) and answer.prediction_id % LABEL_EVERY == 0:
-                client.label([answer.prediction_id], [label])
+    return [(phase.name, began + seconds) for phase, (_, seconds) in zip(phases, scenario.starts, strict=True)]
 
 
 def draw(prometheus: Prometheus, began: list[tuple[str, float]], path: Path) -> None:
@@ -173,7 +161,7 @@ def draw(prometheus: Prometheus, began: list[tuple[str, float]], path: Path) -> 
             axis.set_yscale("log")
             axis.axhline(1, color="#b3261e", linewidth=1, linestyle="--")
         for colour, found in marks.items():
-            for at in {series["values"][0][0] for series in found}:
+            for at in {at for series in found for at in _starts([t for t, _ in series["values"]])}:
                 axis.axvline(at - since, color=colour, linewidth=0.8, alpha=0.6)
         for name, at in began[1:] if axis in axes[0] else []:
             axis.annotate(name, (at - since, 1.0), xycoords=("data", "axes fraction"), fontsize=8, color="#777")
@@ -186,6 +174,11 @@ def draw(prometheus: Prometheus, began: list[tuple[str, float]], path: Path) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _starts(times: list[float]) -> list[float]:
+    """Where samples a second apart begin: a change is seen in each of the seconds that its query looks back."""
+    return [at for before, at in zip([float("-inf"), *times], times, strict=False) if at - before > 1.5]
 
 
 def _legend(text: str, metric: dict[str, str]) -> str:
