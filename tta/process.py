@@ -1,4 +1,4 @@
-"""What processes do first: workers lower their priority and die with their parent, others take their files."""
+"""What every process does for itself: its priority, its end with its parent, its files, its memory."""
 
 import contextlib
 import ctypes
@@ -60,3 +60,11 @@ def allow_files() -> None:
     """Let this process have as many files and sockets as it may: libzmq ends one that cannot accept any more."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system; the allocator alone keeps what large work has left in its heaps."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc: the allocator does what it does
+        return

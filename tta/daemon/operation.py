@@ -24,6 +24,7 @@ from tta.daemon.links import AdapterLink, Outputs, ShadowLink, VersionFolder
 from tta.daemon.metrics import Metrics
 from tta.daemon.store import Store
 from tta.errors import NotFoundError
+from tta.process import release_memory
 from tta.versions import SOURCE, hash_of
 
 Array = npt.NDArray[Any]
@@ -221,6 +222,7 @@ class Operation:
                 except OSError as error:  # a candidate that cannot be kept is none
                     finished(folder, {"op": "failed", "error": f"the disk takes no candidate: {error}"})
             shutil.rmtree(folder, ignore_errors=True)
+            release_memory()
 
         try:
             folder.mkdir(parents=True)

@@ -5,7 +5,6 @@ A version is a session of its own, built from the same graph bytes with every we
 8 to 200 ms and does not stall the running session.
 """
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import onnxruntime as ort
 from tta.bundle import Bundle, check_delta
 from tta.devices import n_gpus
 from tta.errors import BundleError, DeltaError, DeviceError
+from tta.process import release_memory
 from tta.versions import SOURCE, load_version
 
 PROBE_TOLERANCE = 1e-3  # of the largest logit, as in packaging's parity check
@@ -170,10 +170,7 @@ class Predictor:
         """Drop the previous version's session and give its memory back to the system."""
         if previous:
             self.previous = None
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # not glibc: the allocator does what it does
-            return
+        release_memory()
 
     def run(self, x: Array) -> Prediction:
         """Predict with the version in service, `max_batch_size` images at a time.
