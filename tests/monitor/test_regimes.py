@@ -5,7 +5,7 @@ import pytest
 
 from tta.monitor.charts import Layout
 from tta.monitor.diagnosis import diagnose, fit_cut
-from tta.monitor.regimes import WINDOW, fingerprint, recognise
+from tta.monitor.regimes import LONG, WINDOW, fingerprint, recognise
 
 D = 20
 
@@ -33,6 +33,30 @@ def test_an_unknown_regime_is_not_taken_for_a_known_one() -> None:
     home = fingerprint(draw(600, 0.0, 1), np.zeros(600, np.int64))
 
     assert recognise([(home, draw(WINDOW, 2.5, 2))]) is None
+
+
+def test_a_regime_is_not_left_for_one_that_is_only_near() -> None:
+    """Traffic that differs a little from the reference does not leave home for a neighbour; a neighbour's does."""
+    classes = np.zeros(600, np.int64)
+    to_neighbour, elsewhere = np.zeros(D), np.zeros(D)
+    to_neighbour[:4], elsewhere[4:] = 0.45, 0.14
+    home, neighbour = (
+        fingerprint(draw(600, 0.0, 1), classes),
+        fingerprint(draw(600, 0.0, 2) + to_neighbour, classes),
+    )
+    wide = fingerprint(1.3 * draw(600, 0.0, 2) + to_neighbour + elsewhere, classes)
+
+    def found(way: np.ndarray, candidate: object, seed: int) -> bool:
+        window = draw(LONG, 0.0, seed) + way
+        return recognise([(home, window), (candidate, window)], present=0) == 1
+
+    def beyond(seed: int) -> bool:
+        return home.distance(draw(LONG, 0.0, seed) + elsewhere) > home.threshold
+
+    looks = range(1000, 2000)
+    assert sum(map(beyond, looks)) > 100  # the window alone says that it is not home
+    assert sum(found(elsewhere, wide, seed) for seed in looks) <= 5  # 367 by distances alone
+    assert sum(found(to_neighbour, neighbour, seed) for seed in looks) > 950
 
 
 LAYOUT = Layout(("block1", "block2", "block3", "head"), (5, 5, 5, 5))
