@@ -55,10 +55,16 @@ ON_CONTROL: dict[type[protocol.Request], set[str]] = {
             protocol.Adapt,
             protocol.Approve,
             protocol.Accept,
+            protocol.Deploy,
+            protocol.Erase,
             protocol.Rollback,
             protocol.Reset,
         )
     },
+}
+NEEDED: dict[type[protocol.Request], dict[str, Any]] = {  # fields without a default
+    protocol.Predict: {"dtype": "uint8", "shape": list(IMAGE.shape)},
+    protocol.Deploy: {"bundle": "/none.tta"},
 }
 
 
@@ -135,8 +141,7 @@ def test_every_operation_asks_for_its_role(guarded: Guarded, name: str) -> None:
         for operation, roles in operations.items():
             has = set(PEOPLE[name])
             may = not roles or bool(roles & has) or "admin" in has
-            extra = {"dtype": "uint8", "shape": list(IMAGE.shape)} if operation is protocol.Predict else {}
-            code = ask(guarded, name, endpoint, operation(id=1, **extra))
+            code = ask(guarded, name, endpoint, operation(id=1, **NEEDED.get(operation, {})))
             assert (code != Code.PERMISSION_DENIED) == may, (operation.__name__, code)
             assert code != Code.UNAUTHENTICATED
 

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
+from tests.rebundle import rebundle
 from tta import protocol
+from tta.bundle import Bundle
 from tta.keys import Credentials, read_key_pair, write_key_pair
 from tta.packaging.digits import digits
 from tta.scenario import DaemonProcess
@@ -85,6 +88,55 @@ def test_the_examples_decode_to_what_they_say() -> None:
             assert protocol.encode(request)[0] == frames[0]
         else:
             assert protocol.decode_reply(frames)[0] == vector["header"]
+
+
+def test_replies_say_what_the_document_says(
+    start_daemon: Callable[..., DaemonProcess], bundle: Bundle, tmp_path: Path
+) -> None:
+    """Every operation's reply from a live daemon has all fields of the document and no others."""
+    daemon = start_daemon(mode="propose", **{"daemon.bundles": str(tmp_path)})
+    other = rebundle(bundle.path, tmp_path / "other.tta", name="other")
+    x, y = digits("stream", 64, seed=5)
+    with daemon.client() as client:
+        first = client.predict(x).prediction_id
+        labels = {"prediction_ids": list(range(first, first + 64)), "labels": y.tolist()}
+        on_data: list[tuple[protocol.Request, tuple[np.ndarray, ...]]] = [
+            (protocol.Predict(id=1, dtype="uint8", shape=list(x.shape)), (x,)),
+            (protocol.Predict(id=2, dtype="uint8", shape=list(x.shape), top_k=2), (x,)),
+            *((request(id=3), ()) for request in (protocol.Cancel, protocol.Metadata, protocol.Ready)),
+        ]
+        on_control = [
+            protocol.Label(**labels),
+            *(request() for request in (protocol.Metadata, protocol.Ready, protocol.Status, protocol.Versions)),
+            *(request() for request in (protocol.Adapt, protocol.Pause, protocol.Resume, protocol.Reset)),
+            *(protocol.Ask(), protocol.Ask(images=True), protocol.Erase(everything=True)),
+            protocol.Deploy(bundle=str(other)),
+        ]
+        replies = [(request, answer_to(daemon.endpoint, request, tensors)) for request, tensors in on_data]
+        replies += [(request, answer_to(daemon.control, request)) for request in on_control]
+
+    seen: dict[str, list[set[str]]] = {}
+    for request, reply in replies:
+        assert reply["code"] == 0, (request, reply)
+        seen.setdefault(str(request.__struct_config__.tag), []).append(set(reply) - {"v", "id", "code"})
+    for operation, found in seen.items():
+        fields = protocol.REPLIES[operation]
+        assert set.union(*found) == {name.removesuffix("?") for name in fields}, operation
+        assert {name for name in fields if "?" not in name} <= set.intersection(*found), operation
+    assert set(protocol.REPLIES) - set(seen) == {"rollback", "approve", "accept"}  # they need a cure, or a shift
+
+
+def answer_to(endpoint: str, request: protocol.Request, tensors: tuple[np.ndarray, ...] = ()) -> dict[str, Any]:
+    """The header of the reply to a request."""
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(endpoint)
+    try:
+        socket.send_multipart(protocol.encode(request, *tensors))
+        assert socket.poll(30_000), f"no answer to {request}"
+        return protocol.decode_reply(socket.recv_multipart())[0]
+    finally:
+        context.destroy(linger=0)
 
 
 def test_the_javascript_client_is_short() -> None:
@@ -172,3 +224,46 @@ def test_javascript_does_not_wait_for_ever(javascript: Path) -> None:
 
     assert code == 4
     assert "no answer" in message
+
+
+@pytest.fixture(scope="module")
+def cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ example, compiled with every warning an error."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    program = tmp_path_factory.mktemp("cpp") / "classify"
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-DMSGPACK_NO_BOOST"]
+    command = [compiler, *flags, str(CLIENTS / "cpp" / "classify.cpp"), "-lzmq", "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "No such file or directory" in done.stderr or "cannot find -lzmq" in done.stderr:
+        pytest.skip("no cppzmq or msgpack-cxx")
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def test_cpp_predicts_and_labels(start_daemon: Callable[..., DaemonProcess], cpp: Path) -> None:
+    """Over a real daemon it gets Python's answers and labels them; a bad request is an error with its code."""
+    daemon = start_daemon()
+    x, y = digits("stream", 6, seed=5)
+
+    def classify(*numbers: int) -> subprocess.CompletedProcess[bytes]:
+        argv = [str(cpp), daemon.endpoint, daemon.control, *map(str, numbers)]
+        return subprocess.run(argv, input=x.tobytes(), capture_output=True, timeout=60)
+
+    with daemon.client() as client:
+        expected = client.predict(x).classes.tolist()
+    done = classify(*x.shape[1:], *y.tolist())
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.decode().splitlines()]
+    assert [int(row[2]) for row in rows] == expected
+    assert [(row[1], row[3]) for row in rows] == [("0", "joined")] * 6
+    refused = classify(9, 9, 3, *y.tolist())
+    assert refused.returncode == 1
+    assert b"expected shape (N, 32, 32, 3)" in refused.stderr
+    assert b"(code 3)" in refused.stderr
+
+
+def test_the_cpp_client_is_short() -> None:
+    """It can be read in one sitting too."""
+    assert len((CLIENTS / "cpp" / "tta.hpp").read_text().splitlines()) < 160

@@ -18,6 +18,7 @@ MAY_OPEN_SOCKETS = {
     "daemon/http.py",
     "daemon/links.py",
     "daemon/servers.py",
+    "daemon/standby.py",
     "daemon/webhook.py",
     "scenario/load.py",
     "scenario/process.py",

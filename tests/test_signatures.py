@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save
 from typer.testing import CliRunner
 
 from tests.daemon.test_memory import delta
+from tests.rebundle import rebundle
 from tests.traffic import Traffic, status
 from tests.waiting import until
 from tta.bundle import check_signed, load_bundle, sign_bundle, source_is_importable
@@ -322,19 +323,19 @@ def test_a_daemon_serves_what_is_signed_and_nothing_forged(
 def test_a_bundle_replaced_under_a_daemon_is_not_taken_for_the_one_it_started_with(
     start_daemon: Callable[..., DaemonProcess], bundle_path: Path, tmp_path: Path
 ) -> None:
-    """A server that starts again says that the bundle is another, and serves when the former is back."""
+    """A server starts again from the copy, whatever lies in the bundle's place; a changed copy is refused."""
     own = Path(shutil.copy(bundle_path, tmp_path / "own.tta"))
     daemon = start_daemon(own)
-    with zipfile.ZipFile(own) as old, zipfile.ZipFile(tmp_path / "new.tta", "w") as new:
-        for entry in old.infolist():
-            data = old.read(entry)
-            new.writestr(
-                entry, data.replace(b'"digits"', b'"others"') if entry.filename == "manifest.json" else data
-            )
-    os.replace(tmp_path / "new.tta", own)
-    os.kill(status(daemon)["processes"]["server"]["pid"], signal.SIGKILL)
+    other = rebundle(bundle_path, tmp_path / "other.tta", name="others")
+    shutil.copy(other, own)
+    first = status(daemon)["processes"]["server"]["pid"]
+    os.kill(first, signal.SIGKILL)
+    until(lambda: (p := status(daemon)["processes"]["server"])["ready"] and p["pid"] != first, "a server", 60)
 
+    (copy,) = (daemon.folder / "state" / "bundles").iterdir()
+    copy.rename(tmp_path / "aside.tta")
+    shutil.copy(other, copy)
+    os.kill(status(daemon)["processes"]["server"]["pid"], signal.SIGKILL)
     until(lambda: "is another bundle" in daemon.log_path.read_text(), "the refusal", 60)
-    shutil.copy(bundle_path, tmp_path / "back.tta")
-    os.replace(tmp_path / "back.tta", own)
-    until(lambda: (s := status(daemon)) and s["processes"]["server"]["ready"], "a server", 60)
+    os.replace(tmp_path / "aside.tta", copy)
+    until(lambda: status(daemon)["processes"]["server"]["ready"], "a server", 60)

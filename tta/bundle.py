@@ -34,6 +34,7 @@ from tta.preprocessing import RESIZES, recipe, recipe_hash
 from tta.signatures import SIGNATURES, SigningKey, read_signatures, signer_of, with_signature
 
 FORMAT = 3
+NAMED = 5  # classes at most that a message names
 FILES = ("model.onnx", "weights.safetensors", "reference.safetensors", "anchor.safetensors")
 FP16 = "model-fp16.onnx"
 
@@ -159,7 +160,7 @@ def load_bundle(path: str | os.PathLike[str], sha256: str = "") -> Bundle:
     if sha256 not in ("", found):
         raise BundleError(
             f"{root} is another bundle ({found[:12]}…) than the daemon has started with ({sha256[:12]}…): "
-            "restart the daemon, with a state folder of its own for another model, or put the former back"
+            "put the former back, or restart the daemon; `tta deploy` is for another model"
         )
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
@@ -195,6 +196,32 @@ def load_bundle(path: str | os.PathLike[str], sha256: str = "") -> Bundle:
         sha256=found,
         graph_fp16=files.get(FP16),
     )
+
+
+def bundle_sha256(path: str | os.PathLike[str]) -> str:
+    """A bundle's identity, as its manifest says; nothing else is read.
+
+    Raises:
+        BundleError: there is none.
+    """
+    return hashlib.sha256(_read(Path(path), "manifest.json")).hexdigest()
+
+
+def interface_changes(old: Manifest, new: Manifest) -> list[str]:
+    """What the clients of one model would notice of another in its place, in words."""
+    changes = []
+    if old.image_shape != new.image_shape:
+        changes.append(
+            f"images are {'x'.join(map(str, new.image_shape))}, not {'x'.join(map(str, old.image_shape))}"
+        )
+    if old.preprocessing_sha256 != new.preprocessing_sha256:
+        changes.append(f"preprocessing is {new.preprocessing_sha256}, not {old.preprocessing_sha256}")
+    if old.classes != new.classes:
+        by_set = (set(old.classes) - set(new.classes), set(new.classes) - set(old.classes))
+        named = [", ".join(sorted(names)[:NAMED]) for names in by_set]
+        words = [f"{word} {names}" for word, names in zip(("without", "with"), named, strict=True) if names]
+        changes.append(f"{len(new.classes)} classes, {' and '.join(words) or 'in another order'}")
+    return changes
 
 
 def check_signed(bundle: Bundle, signers: Mapping[str, str]) -> str:

@@ -93,6 +93,15 @@ class DaemonConfig(Section):
     webhook: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
         None, description="where every event of the cycle is posted as JSON; null: nowhere"
     )
+    bundles: Path | None = Field(
+        None, description="folder that `tta deploy` takes bundles from; null: that of `bundle`"
+    )
+    former_bundles: int = Field(
+        2, ge=0, description="bundles that served before of which labels, versions and regimes are kept"
+    )
+    images_age_s: float | None = Field(
+        None, gt=0, description="seconds after which stored images and their labels are deleted; null: never"
+    )
     ledger_bytes: int = Field(256 << 20, ge=1 << 20, description="memory for recent predictions, bytes")
     ledger_age_s: float = Field(3600.0, gt=0, description="seconds a prediction waits for its label")
     worker_timeout_s: float = Field(
@@ -129,6 +138,11 @@ class LabelsConfig(Section):
     """The labelled buffer."""
 
     capacity: int = Field(20_000, ge=16, description="labels kept on disk")
+    disk_bytes: int = Field(
+        4 << 30,
+        ge=1 << 20,
+        description="disk for labels with their images, bytes: fewer are kept where they are large",
+    )
     fit_fraction: float = Field(0.6, gt=0, lt=1, description="share of labels to fit; the rest judges")
     client_share: float = Field(
         0.5,
@@ -209,6 +223,9 @@ class LibraryConfig(Section):
 
     capacity: int = Field(32, ge=1, description="regimes kept besides home")
     images: int = Field(512, ge=0, le=100_000, description="images kept of each regime on disk, for rehearsal")
+    disk_bytes: int = Field(
+        4 << 30, ge=0, description="disk for the images of all regimes, bytes: fewer are kept where they are large"
+    )
     versions: int = Field(
         128,
         ge=1,

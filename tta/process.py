@@ -24,12 +24,29 @@ def become_worker(nice: int, parent: int) -> None:
         with contextlib.suppress(OSError):  # under another policy already
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     _be_nice_as_a_session(nice)
-    try:
-        ctypes.CDLL("libc.so.6", use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):  # not Linux: the worker notices when its socket stays silent
+    die_with(parent)
+
+
+def die_with(parent: int) -> None:
+    """Be killed when the process that has started this one ends, whose pid `parent` is."""
+    if not _on_death_of_parent(signal.SIGKILL):
         return
     if os.getppid() != parent:  # it died before the call above
         os._exit(1)
+
+
+def outlive_parent() -> None:
+    """Go on when it ends."""
+    _on_death_of_parent(0)
+
+
+def _on_death_of_parent(signum: int) -> bool:
+    """Whether the system sends this signal then; 0 for none."""
+    try:
+        ctypes.CDLL("libc.so.6", use_errno=True).prctl(_PR_SET_PDEATHSIG, signum)
+    except (OSError, AttributeError):  # not Linux: the worker notices when its socket stays silent
+        return False
+    return True
 
 
 def _be_nice_as_a_session(nice: int) -> None:
@@ -54,6 +71,19 @@ def _be_nice_as_a_session(nice: int) -> None:
             return
         else:
             return
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in ("Z", "X")
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return False
+        return not Path("/proc/self/stat").exists()
 
 
 def allow_files() -> None:

@@ -5,7 +5,7 @@ row-major and unpadded (the rules of KServe v2's raw tensors); their dtype and s
 
     data socket      predict | cancel | metadata | ready
     control socket   label | status | versions | rollback | reset | pause | resume | adapt | approve | accept
-                     | ask | metadata | ready
+                     | deploy | erase | ask | metadata | ready
 
     predict  → {v:1, op:"predict", id, dtype:"uint8", shape:[N,H,W,C], deadline_s?, key?, client?, observe?,
                top_k?, preprocessing?} + image bytes
@@ -160,6 +160,30 @@ class Accept(Request, tag_field="op", tag="accept", omit_defaults=True, kw_only=
     """Take the present shift for a normal regime: what serves goes on serving, and the shift is no alarm again."""
 
 
+class Deploy(Request, tag_field="op", tag="deploy", omit_defaults=True, kw_only=True):
+    """Serve another bundle in the place of the present one; the reply comes when it has been read and found fit.
+
+    Attributes:
+        bundle: absolute path, on the daemon's machine.
+        force: also if clients would notice: other classes, image shape or preprocessing.
+    """
+
+    bundle: str
+    force: bool = False
+
+
+class Erase(Request, tag_field="op", tag="erase", omit_defaults=True, kw_only=True):
+    """Delete labels with their images from the daemon's disk.
+
+    Attributes:
+        prediction_ids: of these.
+        everything: of all; and the images of regimes and former bundles too, which have no ids.
+    """
+
+    prediction_ids: list[int] = []
+    everything: bool = False
+
+
 class Ask(Request, tag_field="op", tag="ask", omit_defaults=True, kw_only=True):
     """Ask which `n` recent predictions are most worth a label.
 
@@ -179,6 +203,89 @@ class _Refusal(msgspec.Struct):
     retry_after_s: float | None = None
 
 
+# What each reply says beside `v`, `id` and `code`, by operation; "?" where it may be missing.
+REPLIES: dict[str, dict[str, str]] = {
+    "predict": {
+        "version": "that computed all of them",
+        "prediction_id": "of the first image; the others follow by one",
+        "credit": "images the client may have unanswered without being refused",
+        "queue_s": "seconds the request waited",
+        "compute_s": "seconds its batch was computed",
+        "shape": "[N, K] of the float32 logits in the payload frame",
+        "top?": "with `top_k`, instead of logits: class, name and probability of the likeliest, for each image",
+    },
+    "cancel": {"cancelled": "whether the request was still queued"},
+    "metadata": {
+        "name": "of the model",
+        "classes": "their names, in the order of the logits",
+        "platform?": 'data socket: "onnxruntime"',
+        "versions?": "data socket: the version in service, as a list",
+        "inputs?": "data socket: name, datatype and shape, -1 for any number",
+        "outputs?": "data socket: the same",
+        "resize?": "data socket: how pictures of another size are brought to the model's",
+        "preprocessing?": "data socket: the whole recipe, and `sha256`, its hash",
+    },
+    "ready": {"ready": "whether predictions are taken"},
+    "label": {"outcomes": "of each label: joined, no_input, expired, unknown or contested"},
+    "status": {
+        "name": "of the model",
+        "bundle_sha256": "its bundle's identity",
+        "state": "stable, drifted, adapting or probation",
+        "version": "in service",
+        "regime": "that the traffic is thought to be of; 0 is home",
+        "regimes": "those known: regime, version, kind, accuracy, keys",
+        "mode": "off, propose or auto",
+        "mode_reason": "why it is not the configured one",
+        "paused": "whether it decides nothing",
+        "shift": "null, or its cause, onset, kind, actionable, keys, diagnosis, proposal, and counts of labels",
+        "drift": "statistic of each block over its threshold",
+        "charts_samples": "samples since the charts began anew",
+        "class_statistic": "of the histogram of predicted classes, over its threshold",
+        "conformal_statistic": "of the slow detector, over its threshold",
+        "label_statistic": "of the error test, over its threshold",
+        "accuracy": "on the labels since the swap, of what serves and of the source",
+        "arl": "samples between two false alarms, as set",
+        "realised_arl": "the same, as the thresholds give it",
+        "stickiness": "repeat and class_run, as measured on the traffic",
+        "images_per_s": "observed, averaged over a minute",
+        "traffic": "totals of the servers",
+        "false_alarms_per_day": "expected at the present rate",
+        "predicted_accuracy": "of the source on the newest samples, by its own confidence",
+        "samples": "observed so far",
+        "labels_buffered": "on disk",
+        "clients_disagree": "clients whose labels contradict the others'",
+        "labels_contested": "contested labels of each client",
+        "adapter": "stage, done and total of the adaptation under way",
+        "processes": "pid, ready and restarts of each",
+        "device": "of the servers",
+        "events": "the last 20",
+    },
+    "versions": {"versions": "each version's manifest without hashes, and `serving`; the source first"},
+    "rollback": {"version": "in service now"},
+    "reset": {"version": "in service now: 0"},
+    "pause": {"paused": "true"},
+    "resume": {"paused": "false"},
+    "adapt": {"labels": "it begins with"},
+    "approve": {"version": "being promoted"},
+    "accept": {"regime": "number of the new normal"},
+    "deploy": {
+        "name": "of the model that is to serve",
+        "bundle_sha256": "its bundle's identity",
+        "former_sha256": "of the present one",
+        "changes": "what clients would notice, in words",
+    },
+    "erase": {
+        "labels": "erased",
+        "images": "of regimes erased",
+        "set_aside": "damaged files that may hold more: `everything` deletes them too",
+    },
+    "ask": {
+        "predictions": "prediction_id, predicted and uncertainty of each, the most uncertain of each class first",
+        "dtype?": "with `images`: of the payload frame",
+        "shape?": "with `images`: (N, H, W, C)",
+    },
+}
+
 DataRequest = Predict | Cancel | Metadata | Ready
 ControlRequest = (
     Label
@@ -191,6 +298,8 @@ ControlRequest = (
     | Adapt
     | Approve
     | Accept
+    | Deploy
+    | Erase
     | Ask
     | Metadata
     | Ready

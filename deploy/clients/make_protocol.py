@@ -122,7 +122,7 @@ def document() -> str:
 
 def rules() -> str:
     """The docstring of the protocol's module, without its first line, and what each request says."""
-    rows = ["| request | field | |", "| --- | --- | --- |"]
+    rows = ["| operation | field | |", "| --- | --- | --- |"]
     for request in dict.fromkeys((*protocol.DataRequest.__args__, *protocol.ControlRequest.__args__)):
         doc = " ".join((request.__doc__ or "").partition("Attributes:")[0].split())
         rows.append(f"| `{request.__struct_config__.tag}` | | {doc} |")
@@ -130,6 +130,8 @@ def rules() -> str:
         for name, default in zip(request.__struct_fields__, _defaults(request), strict=True):
             if name not in ("v", "id"):
                 rows.append(f"| | `{name}` | {default}{'; ' + notes[name] if name in notes else ''} |")
+        for name, note in protocol.REPLIES[str(request.__struct_config__.tag)].items():
+            rows.append(f"| | ← `{name.removesuffix('?')}` | {'not always; ' if '?' in name else ''}{note} |")
     overview = (protocol.__doc__ or "").partition("\n\n")[2].rstrip()
     return "\n".join(["```text", overview, "```", "", *rows])
 

@@ -12,6 +12,8 @@ from tta.commands import (
     bench,
     check,
     demo,
+    deploy,
+    erase,
     export,
     keygen,
     label,
@@ -45,10 +47,12 @@ for module in (
     top,
     versions,
     operate,
+    deploy,
     bench,
     keygen,
     sign,
     export,
+    erase,
     replay,
 ):
     module.register(app)

@@ -38,6 +38,7 @@ def check(
 
     from tta.bundle import check_signed, load_bundle, source_is_importable
     from tta.config import load_config
+    from tta.daemon.deployment import Deployment
     from tta.daemon.inspection import inspect
     from tta.errors import ConfigError
     from tta.server.predictor import Predictor, resolve_precision
@@ -58,7 +59,10 @@ def check(
     if not as_json:
         for line in _lines(c.state, findings):
             print(line)
-    loaded = load_bundle(c.bundle)
+    served = Deployment(c.state).bundle_in_force(c.bundle)
+    if served != c.bundle and not as_json:
+        print(f"note: {c.bundle} is configured, a start serves what was deployed since: {served}")
+    loaded = load_bundle(served)
     signed_by = check_signed(loaded, c.security.signers) if c.security.signers is not None else None
     c.check_model([b.name for b in loaded.manifest.blocks])
     importable = source_is_importable(loaded.manifest.source)
@@ -76,6 +80,7 @@ def check(
     )
     result = {
         "name": loaded.manifest.name,
+        "bundle": str(served),
         "device": predictor.device,
         "precision": precision,
         "warm_up_s": round(warm_s, 3),

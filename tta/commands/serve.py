@@ -29,6 +29,9 @@ def serve(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle to serve; default: the configuration's.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")] = None,
     state: Annotated[Path | None, typer.Option(help="State folder.")] = None,
+    deploy: Annotated[
+        bool, typer.Option("--deploy", help="If the state folder is another bundle's, put its state aside.")
+    ] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: server.threads=2.")] = None,
 ) -> None:
     """Serve, watch, adapt, until SIGTERM or SIGINT. Logs are JSON lines on standard error."""
@@ -41,4 +44,4 @@ def serve(
         overrides["bundle"] = bundle
     if state is not None:
         overrides["state"] = state
-    raise typer.Exit(run(load_config(config, overrides), log.setup("daemon")))
+    raise typer.Exit(run(load_config(config, overrides), log.setup("daemon"), deploy))

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -63,6 +64,7 @@ class Control:
     servers: Servers
     processes: tuple[Process, ...]
     ready: Callable[[], bool]
+    deploy: Callable[[Path, bool, Callable[[Reply], None], Callable[[BaseException], None]], None]
     log: Logger
     clients: Clients | None = None  # None: nobody is asked for a key
     mode_reason: str = ""  # why the mode is not the configured one
@@ -96,6 +98,11 @@ class Control:
                 self.log.info("command", what=type(request).__name__.lower(), client=client or None)
             if isinstance(request, protocol.Rollback | protocol.Reset):
                 self._serve(request, answer, fail)
+            elif isinstance(request, protocol.Deploy):
+                path = Path(request.bundle)
+                if not path.is_absolute():
+                    raise InputError(f"bundle {request.bundle!r}: give its absolute path on the daemon's machine")
+                self.deploy(path, request.force, answer, fail)
             elif isinstance(request, protocol.Ask):
                 answer(*self._ask(request, client))
             else:
@@ -141,6 +148,14 @@ class Control:
                 return {"version": self.hand.approve()}
             case protocol.Accept():
                 return {"regime": self.hand.accept()}
+            case protocol.Erase():
+                if bool(request.prediction_ids) == request.everything:
+                    raise InputError("name prediction_ids, or everything")
+                if any(not 0 < number < 1 << 63 for number in request.prediction_ids):
+                    raise InputError("prediction ids are positive numbers of 63 bits")
+                if len(request.prediction_ids) > MAX_LABELS:
+                    raise InputError(f"{len(request.prediction_ids)} ids in one request: at most {MAX_LABELS}")
+                return dict(self.hand.erase(request.prediction_ids, request.everything))
             case protocol.Metadata():
                 return {
                     "name": self.manifest.name,
@@ -324,6 +339,7 @@ class Control:
         calibration, found = watch.monitor.calibration, treatment.diagnosis
         return {
             "name": self.manifest.name,
+            "bundle_sha256": self.store.bundle_sha256,
             "state": treatment.cycle.state.value,
             "version": case.serving,
             "regime": case.regime,

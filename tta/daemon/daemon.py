@@ -9,6 +9,7 @@ import os
 import signal
 import sqlite3
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,21 @@ from tta.config import Config
 from tta.connection import prepare_listener
 from tta.daemon.calibrations import Calibrations
 from tta.daemon.control import Control, Reply
+from tta.daemon.deployment import Deployment
+from tta.daemon.exchange import Exchange
 from tta.daemon.hand import Hand
 from tta.daemon.http import HttpServer
 from tta.daemon.labellers import Labellers
-from tta.daemon.labels import LabelBuffer
+from tta.daemon.labels import LabelBuffer, room_for_labels
 from tta.daemon.ledger import Entry, Ledger
 from tta.daemon.library import Library
 from tta.daemon.links import AdapterLink, Outputs, ServerLink, ShadowLink
 from tta.daemon.metrics import WORKERS, Metrics
 from tta.daemon.operation import Operation
 from tta.daemon.processes import Logger, Process, runtime_folder
-from tta.daemon.servers import Servers, server_name
+from tta.daemon.retention import Retention, is_more
+from tta.daemon.servers import Servers, server_name, server_options
+from tta.daemon.standby import Standby
 from tta.daemon.store import Store, lock
 from tta.daemon.treatment import Treatment
 from tta.daemon.watch import Watch, calibrated_for
@@ -60,23 +65,46 @@ RATE_S = 60.0  # seconds the rate of images is averaged over
 MEASURE_AGAIN_S = 300.0  # seconds alarms are taken as they are after thresholds could not be computed
 DISK_TOLD_S = 60.0  # between two complaints about the disk
 SAVE_S = 5.0  # seconds between two saves of the stream's position and the charts
+EXPIRE_S = 60.0  # seconds between two looks for images that are too old
 LIVE_S = 10.0  # seconds without a tick after which /livez fails
 ADAPTER_IDLE_S = 120.0  # seconds without work after which the adapter goes
 SHADOW_QUEUE = 4  # chart requests waiting before images are dropped
 
 
 class Daemon:
-    """One daemon over one state folder."""
+    """One daemon over one state folder.
 
-    def __init__(self, config: Config, log: Logger) -> None:
-        self.config = config
+    Args:
+        config: its settings.
+        log: where to.
+        deploy: put the state of another bundle aside.
+        former: that this one follows in the same process, with another bundle.
+        bundle: the one to serve then.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        log: Logger,
+        deploy: bool = False,
+        former: "Daemon | None" = None,
+        bundle: Path | None = None,
+    ) -> None:
+        self.given = config
+        self.config = config if bundle is None else config.model_copy(update={"bundle": bundle})
         self.log = log
-        self.should_exit = False
+        self.deploy = deploy or bundle is not None
+        self.signalled: list[int] = (
+            [] if former is None else former.signalled
+        )  # one that comes between them counts
+        self._former = former
         self._ticked = time.monotonic()
         self._since = self._ticked
         self._measure_again = 0.0  # monotonic seconds at which a failed calibration is tried again
+        self._expired = float("-inf")  # monotonic seconds, when images were looked through for their age
         self._counted = (0, self._ticked)  # images observed, when
         self._started = False
+        self.exchanging = False  # another bundle's servers are warm: this daemon makes way
         self._disk_failed = float("-inf")  # monotonic seconds at which that was told last
         # Labels ahead of their predictions: until when, frames, sender's key.
         self._early: list[tuple[float, list[bytes], str]] = []
@@ -95,30 +123,39 @@ class Daemon:
         """
         allow_files()
         self._take_what_is_installed()
-        config = self.config
-        self.bundle = load_bundle(config.bundle)
+        self.deployment = Deployment(self.config.state)
+        self._take_what_is_deployed()
+        self.bundle = load_bundle(self.config.bundle)
         self.trust, key = self._trust()  # before anything is done with what the bundle says
+        self._lock_file = lock(self.config.state)
+        self.deployment.claim(self.bundle.sha256, self.given.bundle, self.deploy)
+        self._keep_bundle()
+        config = self.config
         manifest = self.bundle.manifest
         config.check_model([b.name for b in manifest.blocks])
         if not source_is_importable(manifest.source):
             self.log.warning("source_not_importable", source=manifest.source, consequence="cannot adapt")
         self.store = Store(config.state, self.bundle.sha256, key, self.trust.versions)
-        self._lock_file = lock(config.state)
         self.run_folder = runtime_folder(config.state)
         names = [server_name(number) for number, _ in enumerate(config.server.endpoints)]
-        self.metrics = Metrics(manifest, (*names, *WORKERS))
+        self.metrics = Metrics(manifest, (*names, *WORKERS), self.bundle.sha256)
         self.ledger = Ledger(config.daemon.ledger_bytes, config.daemon.ledger_age_s)
         self.labels = LabelBuffer(
             config.state / "labels.sqlite",
-            config.labels.capacity,
+            self._in_force(
+                "labels.capacity", config.labels.capacity, room_for_labels(config, manifest.image_shape)
+            ),
             config.labels.fit_fraction,
             manifest.image_shape,
             self._labellers,
+            self._time_us,
         )
         reference = self.bundle.reference
         home = fingerprint(reference["w"], reference["predictions"])
         kept = config.library
-        self.library = Library(config.state, home, manifest.reference_accuracy, kept.capacity, kept.images)
+        room = kept.disk_bytes // (kept.capacity * math.prod(manifest.image_shape))
+        n_images = self._in_force("library.images", kept.images, min(kept.images, room))
+        self.library = Library(config.state, home, manifest.reference_accuracy, kept.capacity, n_images)
         self.calibrations = Calibrations(
             config.state / "calibrations", self.bundle, config.monitor.arl, config.adapt.nice, self.log
         )
@@ -159,8 +196,21 @@ class Daemon:
                 config.daemon.webhook, manifest.name, self.log, lambda result: count(result).inc()
             )
             self.treatment.told = self._webhook.tell
+        if self._former is not None:  # prediction ids go on beyond those of the bundle before
+            self.treatment.clock.advance(self._former.treatment.clock.now_us())
         self.treatment.restore()
-        for aside, why in (self.store.damaged | self.library.damaged | self.labels.damaged).items():
+        self.exchange = Exchange(
+            config,
+            self.deployment,
+            manifest,
+            self.bundle.sha256,
+            config.daemon.bundles or self.given.bundle.parent,
+            self._warm_up,
+            self.treatment.record,
+            self.log,
+        )
+        damaged = self.store.damaged | self.library.damaged | self.labels.damaged | self.deployment.damaged
+        for aside, why in damaged.items():
             self.log.error("file_damaged", error=why, kept_as=aside)
         self._since = time.monotonic()
         self._counted = (self.treatment.sequence, self._since)
@@ -179,6 +229,7 @@ class Daemon:
             self.servers,
             self.processes,
             self.ready,
+            self.exchange.begin,
             self.log,
             self._doorkeeper.clients if self._doorkeeper is not None else None,
             mode_reason=self.mode_reason,
@@ -198,6 +249,48 @@ class Daemon:
             version=self.treatment.case.serving,
             state=self.treatment.cycle.state,
         )
+        try:
+            gone = self.deployment.settle(self.bundle.sha256, self.given.bundle, config.daemon.former_bundles)
+        except OSError as error:
+            self.log.warning("former_bundles_not_deleted", error=str(error))
+        else:
+            for bundle in gone:
+                self.log.info("former_bundle_deleted", bundle=bundle)
+
+    def _take_what_is_deployed(self) -> None:
+        """A bundle that was deployed serves over a restart, also where the configuration still names another."""
+        bundle = self.deployment.bundle_in_force(self.config.bundle, self.deploy)
+        if bundle != self.config.bundle:
+            self.log.warning("configuration_outdated", configured=str(self.config.bundle), serving=str(bundle))
+            self.config = self.config.model_copy(update={"bundle": bundle})
+
+    def _keep_bundle(self) -> None:
+        """Serve a copy of the bundle, so that a process starts again whatever becomes of the file."""
+        try:
+            copy = self.deployment.keep(self.config.bundle, self.bundle.sha256)
+        except OSError as error:
+            self.log.warning("bundle_not_kept", error=str(error), serving=str(self.config.bundle))
+            return
+        self.config = self.config.model_copy(update={"bundle": copy})
+        self.bundle = replace(self.bundle, path=copy)
+
+    def _warm_up(self, bundle: Path, sha256: str) -> Standby:
+        """Servers of another bundle beside the present ones, in the version that it served last."""
+        config = self.config.model_copy(update={"bundle": bundle})
+        options = {
+            number: server_options(
+                config,
+                number,
+                self.run_folder,
+                self._observe_address(sha256),
+                Trust(sha256, self.trust.versions),
+                self.deployment.version_of_former(sha256),
+                self._public_key(),
+                self._time_us(),
+            )
+            for number, _ in enumerate(config.server.endpoints)
+        }
+        return Standby(self.run_folder, options, self.log)
 
     def _take_what_is_installed(self) -> None:
         """Without torch there is no adapter: then the mode is off, and log and status say why."""
@@ -215,6 +308,12 @@ class Daemon:
             self.log.info("bundle_signed", by=check_signed(self.bundle, security.signers))
         key = SigningKey(security.signing_key) if security.signing_key is not None else None
         return Trust(self.bundle.sha256, signers_of_versions(security.signers, key)), key
+
+    def _in_force(self, what: str, wanted: int, in_force: int) -> int:
+        """A number of things to keep, told where it is not the wanted one."""
+        if in_force < wanted:
+            self.log.warning("disk_budget", what=what, wanted=wanted, in_force=in_force)
+        return in_force
 
     def _labellers(self) -> Labellers:
         clients = self._doorkeeper.clients if self._doorkeeper is not None else None
@@ -249,7 +348,7 @@ class Daemon:
         if doorkeeper is not None and not doorkeeper.guard(self._control, self.config.daemon.control):
             doorkeeper = None
         for socket, name, address in (
-            (self._observations, "observations", self._ipc("observe")),
+            (self._observations, "observations", self._observe_address()),
             (self._workers, "workers", self._ipc("workers")),
             (self._control, "daemon.control", self.config.daemon.control),
         ):
@@ -258,12 +357,19 @@ class Daemon:
                 socket.bind(address)
             except zmq.ZMQError as error:
                 raise ConfigError(f"{name} = {address!r} cannot be bound: {error}") from error
+        for left in self.run_folder.glob("observe-*.ipc"):  # by daemons of other bundles
+            if f"ipc://{left}" != self._observe_address():
+                left.unlink()
         self._poller = zmq.Poller()
         for socket in (self._observations, self._workers, self._control):
             self._poller.register(socket, zmq.POLLIN)
         if doorkeeper is not None:
             self._poller.register(doorkeeper.socket, zmq.POLLIN)
         return doorkeeper
+
+    def _observe_address(self, sha256: str = "") -> str:
+        """Where servers of a bundle, or ours, send what they have seen: what comes is of the right model."""
+        return self._ipc(f"observe-{(sha256 or self.bundle.sha256)[:8]}")
 
     def _ipc(self, name: str) -> str:
         return f"ipc://{self.run_folder / name}.ipc"
@@ -277,6 +383,7 @@ class Daemon:
             self.context,
             c,
             self.run_folder,
+            self._observe_address(),
             self.trust,
             self._version_folder,
             self._time_us,
@@ -318,17 +425,25 @@ class Daemon:
         return self.treatment.clock.now_us()
 
     def _start_servers(self) -> None:
-        self.servers.start_or_adopt(lambda: not self.should_exit)
+        standby = self._former.exchange.standby if self._former is not None else None
+        self._former = None
+
+        def wanted() -> bool:
+            self._ticked = time.monotonic()
+            # What is warm already serves in a moment; then there is somebody to stop it as it should be.
+            return not self.signalled or standby is not None
+
+        self.servers.start_or_adopt(wanted, standby)
 
     def _on_signal(self, signum: int, frame: object) -> None:
-        self.should_exit = True
+        self.signalled.append(signum)
 
     # -- main loop ----------------------------------------------------------------------------------------
 
     def main_loop(self) -> None:
-        """Move messages and decide until a signal."""
+        """Move messages and decide until a signal, or until another bundle is to be served."""
         beat = saved = 0.0
-        while not self.should_exit:
+        while not self.signalled and not self.exchanging:
             ready = dict(self._poller.poll(POLL_MS))
             now = self._ticked = time.monotonic()
             if self._doorkeeper is not None:
@@ -368,11 +483,25 @@ class Daemon:
             self._recalibrate()
             self.treatment.tick()
             self.treatment.retire()
+            self._expire(now)
+            self.exchanging = self.exchange.turn()
             self._refresh_metrics(now)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, TTAError) as error:
             if now - self._disk_failed > DISK_TOLD_S:
                 self._disk_failed = now
                 self.log.exception("disk_failed", error=str(error))
+
+    def _expire(self, now: float) -> None:
+        """Delete images that are older than they may be."""
+        age_s = self.config.daemon.images_age_s
+        if age_s is None or now - self._expired < EXPIRE_S:
+            return
+        self._expired = now
+        n_labels, n_images = Retention(self.config.state, self.labels).expire(age_s, self._time_us())
+        if is_more(n_labels):
+            self._expired = float("-inf")  # at the next beat: this loop has other things to do
+        if n_labels or n_images:
+            self.log.info("images_expired", labels=n_labels, images=n_images, age_s=age_s)
 
     def _drain(self, socket: "zmq.Socket[bytes]", handle: Any, copy: bool = True) -> None:
         for _ in range(BURST):
@@ -594,6 +723,8 @@ class Daemon:
             self.calibrations.close()
         for process in getattr(self, "processes", ()):
             process.keep = False
+        if hasattr(self, "exchange") and not self.exchanging:
+            self.exchange.close()
         if hasattr(self, "adapter"):
             self.adapter.process.stop(1.0)
             self.shadow.process.stop(1.0)
@@ -607,27 +738,73 @@ class Daemon:
             self.labels.close()
         if hasattr(self, "context"):
             self.context.destroy(linger=500)
+        if hasattr(self, "_lock_file"):
+            self._lock_file.close()
         if self._started:
             self.log.info("daemon_stopped")
 
 
-def serve(config: Config, log: Logger) -> int:
+def serve(config: Config, log: Logger, deploy: bool = False) -> int:
     """Run a daemon until a signal; the exit status of `tta serve`.
+
+    Args:
+        config: its settings.
+        log: where to.
+        deploy: put the state of another bundle aside.
 
     Raises:
         TTAError: it could not start.
     """
-    daemon = Daemon(config, log)
+    daemon = Daemon(config, log, deploy)
+    try:
+        _start(daemon)
+    except TTAError:
+        if daemon.signalled:  # it was not to start any more
+            return 0
+        raise
+    while True:
+        try:
+            daemon.main_loop()
+        except Exception as error:  # a fault of ours must not become an outage: the server goes on alone
+            log.exception("daemon_failed", error=str(error))
+            daemon.shutdown(stop_server=False)
+            return 1
+        if daemon.signalled or not daemon.exchanging:
+            daemon.exchanging = False
+            daemon.shutdown()
+            return 0
+        daemon.shutdown(stop_server=False)
+        daemon = _successor(daemon, log)
+
+
+def _start(daemon: Daemon) -> None:
     try:
         daemon.startup()
     except BaseException:
         daemon.shutdown()
         raise
+
+
+def _successor(former: Daemon, log: Logger) -> Daemon:
+    """A daemon with the bundle whose servers are warm; else one as before, over the servers that serve still.
+
+    Raises:
+        TTAError: not even the former starts again.
+    """
+    exchange = former.exchange
+    known = exchange.has_served_before
+    daemon = Daemon(former.given, log, former=former, bundle=exchange.copy)
     try:
-        daemon.main_loop()
-    except Exception as error:  # a fault of ours must not become an outage: the server goes on alone
-        log.exception("daemon_failed", error=str(error))
+        daemon.startup()
+    except Exception as error:  # whatever it is, the former served a moment ago
+        log.exception("deploy_failed", bundle=str(exchange.copy), error=str(error))
         daemon.shutdown(stop_server=False)
-        return 1
-    daemon.shutdown()
-    return 0
+        exchange.close()
+        daemon = Daemon(former.given, log, former=former, bundle=former.config.bundle)
+        _start(daemon)
+        if not known:
+            daemon.deployment.discard(exchange.sha256)
+        daemon.treatment.record("deploy_failed", error=str(error))
+    else:
+        daemon.treatment.record("deployed", bundle=daemon.bundle.sha256, model=daemon.bundle.manifest.name)
+    return daemon

@@ -1,12 +1,14 @@
 """The operator's hand: what he may do to a daemon that otherwise decides by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tta.daemon.case import NEW
 from tta.daemon.cycle import Event, State
+from tta.daemon.labels import RETRY_S
+from tta.daemon.retention import Retention
 from tta.daemon.treatment import Treatment
-from tta.errors import PreconditionError
+from tta.errors import PreconditionError, UnavailableError
 
 MIN_ADAPT_LABELS = 16
 
@@ -47,6 +49,32 @@ class Hand:
 
         treatment.give_up_adapting(f"{reason} by the operator")
         treatment.servers.swap(version, folder, done)
+
+    def erase(self, prediction_ids: Sequence[int], everything: bool) -> dict[str, int]:
+        """Delete labels with their images: of these predictions, or all, and then every other stored image too.
+
+        Returns:
+            How many "labels" and "images" of regimes went, and how many "set_aside" files may hold more.
+
+        Raises:
+            UnavailableError: the disk refuses; what is still there goes when it is asked again.
+        """
+        treatment = self._treatment
+        treatment.give_up_adapting("images erased by the operator")
+        treatment.operation.cancel()  # they lie in the request of relief too
+        retention = Retention(treatment.config.state, treatment.labels)
+        n_images = 0
+        try:
+            if everything:
+                treatment.ledger.clear()
+                n_labels, n_images = retention.erase_everything()
+            else:
+                treatment.ledger.forget(prediction_ids)
+                n_labels = retention.erase(prediction_ids)
+        except OSError as error:
+            raise UnavailableError(f"not all could be deleted: {error}", RETRY_S) from error
+        treatment.record("erased", labels=n_labels, images=n_images)
+        return {"labels": n_labels, "images": n_images, "set_aside": len(retention.set_aside())}
 
     def pause(self) -> None:
         """Decide nothing until `resume`; an adaptation under way is cancelled and starts again after it."""

@@ -16,6 +16,7 @@ from tta.errors import DamagedError, DeltaError
 from tta.versions import has_weights, load_version, version_folders
 
 SEALED = {  # by name or pattern: what is lost with it
+    "deployed.json": "the state says which bundle serves",
     "state.json": "the newest version that verifies serves, and what was under way is forgotten",
     "library.json": "known regimes are learned again",
     "rehearsed.json": "the next rehearsal begins anew",

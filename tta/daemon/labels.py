@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tta.daemon.files import set_aside, sync_folder
+from tta.config import Config
+from tta.daemon.clock import wall_us
+from tta.daemon.files import set_aside, sync
 from tta.daemon.labellers import Labellers
 from tta.errors import ConfigError, UnavailableError
 
@@ -36,7 +38,8 @@ CREATE TABLE IF NOT EXISTS labels (
     x BLOB,
     feedback INTEGER NOT NULL DEFAULT 0, -- 1: the answer was called right or wrong; nobody named a class
     client TEXT NOT NULL DEFAULT '', -- who gave it; '' where nobody is asked for a key, or if two clients agree
-    contested TEXT NOT NULL DEFAULT '' -- another client, who gave another label: it is not used
+    contested TEXT NOT NULL DEFAULT '', -- another client, who gave another label: it is not used
+    stored_us INTEGER NOT NULL DEFAULT 0 -- when it was stored, since the epoch; 0: not known yet
 );
 CREATE TABLE IF NOT EXISTS spans ( -- of the stream, and the regime its traffic was of
     since INTEGER PRIMARY KEY,
@@ -48,17 +51,26 @@ ADDED = {  # columns that older files lack
     "feedback": "INTEGER NOT NULL DEFAULT 0",
     "client": "TEXT NOT NULL DEFAULT ''",
     "contested": "TEXT NOT NULL DEFAULT ''",
+    "stored_us": "INTEGER NOT NULL DEFAULT 0",
 }
 CHECKED_BYTES = 256 << 20  # of a file read through at each start; of a larger one damage shows when it is used
 COLUMNS = (
     *("prediction_id", "sequence", "version", "label", "predicted", "fit", "asked", "x", "feedback"),
-    *("client", "contested"),
+    *("client", "contested", "stored_us"),
 )
 IMAGE = COLUMNS.index("x")
-ABSENT = {"feedback": "label IS NULL", "client": "''", "contested": "''"}  # what older files mean without them
+ABSENT = {
+    "feedback": "label IS NULL",
+    "client": "''",
+    "contested": "''",
+    "stored_us": "0",
+}  # what older files mean without them
 LEAST = {"label": 0, "predicted": -1}
 INSERT = f"INSERT OR REPLACE INTO labels ({', '.join(COLUMNS)}) VALUES ({','.join('?' * len(COLUMNS))})"
+BUSY_MS = 1000  # that the daemon's loop waits for whoever reads the file
+EXPIRED_AT_A_TIME = 256
 RETRY_S = 5.0  # until labels that could not be stored may be sent again
+ROW_BYTES = 300  # of a label beside its image, with its place in the indexes
 MAX_SPANS = 4096  # remembered; older labels belong to no regime any more
 # "Right" is said of what the serving version got right: a sample that no other version can look better on.
 NAMED = "label IS NOT NULL AND NOT feedback AND contested = '' AND x IS NOT NULL"
@@ -70,6 +82,7 @@ SIDE = f"WHERE sequence >= ? AND fit = ? AND {NAMED}"
 INDEXES = f"""
 DROP INDEX IF EXISTS usable;
 CREATE INDEX IF NOT EXISTS by_sequence ON labels (sequence);
+CREATE INDEX IF NOT EXISTS by_age ON labels (stored_us);
 CREATE INDEX IF NOT EXISTS by_client ON labels (client, sequence);
 CREATE INDEX IF NOT EXISTS named ON labels (fit, client, sequence) WHERE {NAMED};
 CREATE INDEX IF NOT EXISTS called ON labels (client, sequence) WHERE {CALLED};
@@ -139,6 +152,8 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")  # an acknowledged label survives a power cut
+        db.execute("PRAGMA secure_delete=ON")  # zeros in the place of an image that goes
+        db.execute(f"PRAGMA busy_timeout={BUSY_MS}")
         db.executescript(SCHEMA)
         has = _columns(db)
         for name, kind in ADDED.items():
@@ -147,6 +162,7 @@ def _open(path: Path) -> sqlite3.Connection:
         if "feedback" not in has:
             db.execute("UPDATE labels SET feedback = 1 WHERE label IS NULL")
         db.executescript(INDEXES)
+        db.execute("UPDATE labels SET stored_us = ? WHERE stored_us = 0", (wall_us(),))
         small = path.stat().st_size <= CHECKED_BYTES
         problem = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
         if problem != "ok":
@@ -262,7 +278,7 @@ def salvage(path: Path) -> tuple[Path, int]:
             if beside.exists():
                 beside.rename(aside.with_name(aside.name + suffix))
         fresh.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except (OSError, sqlite3.Error) as error:
         raise ConfigError(f"label buffer {path} is damaged, and no other can be written: {error}") from error
     return aside, len(labels)
@@ -297,6 +313,70 @@ def read_labelled_images(path: Path, image_shape: Sequence[int]) -> tuple[Array,
     return x, np.array([row[1] for row in rows], np.int64), [row[2] for row in rows]
 
 
+def room_for_labels(config: Config, image_shape: Sequence[int]) -> int:
+    """How many labels are kept: what `labels.capacity` says, or as many as the disk may take.
+
+    Raises:
+        ConfigError: too few to adapt by.
+    """
+    each = math.prod(image_shape) + ROW_BYTES
+    labels, least = config.labels, 2 * config.adapt.labels
+    room = min(labels.capacity, labels.disk_bytes // each)
+    if room < least:
+        raise ConfigError(
+            f"labels.disk_bytes = {labels.disk_bytes} holds {room} labels with their images: at least "
+            f"{least * each} are needed for twice adapt.labels = {config.adapt.labels}"
+        )
+    return room
+
+
+def _stored_before(db: sqlite3.Connection, time_us: int) -> list[int]:
+    """Ids of labels stored before a time, `EXPIRED_AT_A_TIME` at most."""
+    query = "SELECT prediction_id FROM labels WHERE stored_us < ? LIMIT ?"
+    return [row[0] for row in db.execute(query, (time_us, EXPIRED_AT_A_TIME))]
+
+
+def _erase(db: sqlite3.Connection, prediction_ids: Sequence[int]) -> int:
+    """Delete labels and their bytes, also from the log; how many there were.
+
+    Raises:
+        UnavailableError: the disk refuses, or somebody reads the file.
+    """
+    before = db.total_changes
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("DELETE FROM labels WHERE prediction_id = ?", [(number,) for number in prediction_ids])
+        db.execute("COMMIT")
+        # Also without a change: what was deleted while somebody read may lie in the log still.
+        busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] if prediction_ids else 0
+    except (sqlite3.Error, OverflowError) as error:
+        raise UnavailableError(f"labels cannot be deleted: {error}", RETRY_S) from error
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    if busy:
+        raise UnavailableError("somebody reads the labels, and their file cannot be cleared: try again", RETRY_S)
+    return db.total_changes - before
+
+
+def erase_labels(path: Path, prediction_ids: Sequence[int] = (), before_us: int = 0) -> int:
+    """Delete labels from a file that no daemon has open; how many there were.
+
+    Args:
+        path: of the file.
+        prediction_ids: those to delete.
+        before_us: and those stored before, microseconds since the epoch; `EXPIRED_AT_A_TIME` at most.
+
+    Raises:
+        UnavailableError: they cannot be deleted.
+    """
+    try:
+        with contextlib.closing(_open(path)) as db:
+            return _erase(db, [*prediction_ids, *_stored_before(db, before_us)])
+    except sqlite3.Error as error:
+        raise UnavailableError(f"labels in {path} cannot be deleted: {error}", RETRY_S) from error
+
+
 class LabelBuffer:
     """Labels on disk. Owned by the daemon's main thread.
 
@@ -306,6 +386,7 @@ class LabelBuffer:
         fit_fraction: share that fits, in (0, 1).
         image_shape: (H, W, C).
         labellers: who may label now. What is counted and selected here is what they are believed.
+        now_us: microseconds since the epoch, of a clock that never goes back.
     """
 
     def __init__(
@@ -315,7 +396,10 @@ class LabelBuffer:
         fit_fraction: float,
         image_shape: Sequence[int],
         labellers: Callable[[], Labellers] = Labellers,
+        now_us: Callable[[], int] = wall_us,
     ) -> None:
+        self._path = path
+        self._now_us = now_us
         self.labellers = labellers
         self.capacity = capacity
         self.fit_fraction = fit_fraction
@@ -399,6 +483,7 @@ class LabelBuffer:
                 int(row.feedback),
                 row.client,
                 contested,
+                self._now_us(),
             ),
         )
 
@@ -416,6 +501,35 @@ class LabelBuffer:
                 "(SELECT prediction_id FROM labels WHERE client = ? ORDER BY sequence LIMIT ?)",
                 (client, n - kept),
             )
+
+    def delete(self, prediction_ids: Sequence[int]) -> int:
+        """Delete labels with their images, and their bytes on the disk; how many there were.
+
+        Raises:
+            UnavailableError: the disk refuses, or somebody reads the file; then some or all are still there.
+        """
+        return _erase(self._db, prediction_ids)
+
+    def expire(self, age_s: float) -> int:
+        """The same with those stored longer ago, `EXPIRED_AT_A_TIME` at most."""
+        return _erase(self._db, _stored_before(self._db, self._now_us() - round(1e6 * age_s)))
+
+    def delete_all(self) -> int:
+        """The same with every label: the file begins anew.
+
+        Raises:
+            UnavailableError: the disk refuses.
+        """
+        n = len(self)
+        self._db.close()
+        try:
+            for suffix in ("", "-wal", "-shm"):
+                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+        except OSError as error:
+            raise UnavailableError(f"labels cannot be deleted: {error}", RETRY_S) from error
+        finally:
+            self._db = _open(self._path)
+        return n
 
     def __len__(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM labels").fetchone()[0])

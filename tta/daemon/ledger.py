@@ -1,6 +1,7 @@
 """Recent predictions, waiting for their labels: bounded by bytes and by age."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,16 @@ class Ledger:
             self.n_bytes > self.max_bytes or next(iter(self._entries.values())).seen < entry.seen - self.max_age_s
         ):
             self.n_bytes -= self._entries.popitem(last=False)[1].n_bytes
+
+    def forget(self, prediction_ids: Iterable[int]) -> None:
+        """Drop predictions before their time."""
+        for number in prediction_ids:
+            entry = self._entries.pop(number, None)
+            self.n_bytes -= 0 if entry is None else entry.n_bytes
+
+    def clear(self) -> None:
+        """Drop them all."""
+        self.forget(list(self._entries))
 
     def find(self, prediction_id: int) -> Entry | None:
         """The prediction, if it is still remembered."""

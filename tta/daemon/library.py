@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 from tta.daemon.files import read_arrays, read_json, set_aside, write_arrays, write_json
 from tta.errors import DamagedError
@@ -43,6 +44,44 @@ class Regime:
     last_used: int
     keys: tuple[str, ...] = ()
     n_images: int = 0
+
+
+def stored_s(path: Path) -> Array:
+    """When each image of a regime's file was stored, seconds since the epoch; the images are not read."""
+    with safe_open(path, "numpy") as file:
+        if "stored_s" in file.keys():  # noqa: SIM118 - it is no mapping
+            return np.asarray(file.get_tensor("stored_s"))
+        n = file.get_slice("x").get_shape()[0]
+    return np.full(n, path.stat().st_mtime)
+
+
+def expire_images(root: Path, before_s: float) -> int:
+    """Delete the images of regimes that were stored before a time; how many.
+
+    Args:
+        root: a state folder, or one of a former bundle.
+        before_s: seconds since the epoch.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    n_gone = 0
+    for path in list(root.glob("regimes/*-images.safetensors")):
+        try:
+            stored = stored_s(path)
+            keep = stored >= before_s
+            if keep.all():
+                continue
+            images = read_arrays(path)["x"]
+        except (DamagedError, SafetensorError, OSError):  # nobody can use it
+            path.unlink()
+            continue
+        n_gone += int((~keep).sum())
+        if keep.any():
+            write_arrays(path, {"x": images[keep], "stored_s": stored[keep]})
+        else:
+            path.unlink()
+    return n_gone
 
 
 class Library:
@@ -118,8 +157,10 @@ class Library:
         self.save()
         return self.regimes[number]
 
-    def keep_images(self, number: int, x: Array) -> None:
+    def keep_images(self, number: int, x: Array, now_s: float = 0.0) -> None:
         """Remember images (N, H, W, C) uint8 of a regime's traffic: of old and new ones a random choice stays.
+
+        `now_s` are seconds since the epoch.
 
         Of home none are kept: it is not to be adapted to.
         """
@@ -128,10 +169,13 @@ class Library:
         seen = self.regimes[number].n_images
         old = self.images(number)
         pool = x if old is None or old.shape[1:] != x.shape[1:] else np.concatenate([old, x])
-        rows = np.random.default_rng([number, seen]).permutation(len(pool))[: self.n_images]
+        rows = np.sort(np.random.default_rng([number, seen]).permutation(len(pool))[: self.n_images])
+        stored = np.full(len(pool), now_s)
+        if len(pool) > len(x):
+            stored[: -len(x)] = stored_s(self.images_path(number))
         try:
             (self._root / "regimes").mkdir(exist_ok=True)
-            write_arrays(self.images_path(number), {"x": pool[np.sort(rows)]})
+            write_arrays(self.images_path(number), {"x": pool[rows], "stored_s": stored[rows]})
         except OSError:  # those there were stay
             return
         self.update(number, n_images=seen + len(x))

@@ -181,8 +181,10 @@ class ServerLink:
 
     def handle(self, reply: dict[str, Any], now: float) -> None:
         """Take a message from the server."""
-        self.last_seen = now
         if reply["op"] == "hello":
+            if self.process.pid not in (None, reply["pid"]):
+                return  # of the server that ours is about to replace
+            self.last_seen = now
             restarted = self.hello and self.hello["epoch"] != reply["epoch"]
             self.hello = reply
             self.process.ready = True
@@ -193,7 +195,9 @@ class ServerLink:
                     then({"op": "swap", "error": "the server died preparing it"})
                 else:
                     self._send(self._swap[0])
-        elif reply["op"] == "swap" and self._swap is not None and reply["id"] == self._swap[0]["id"]:
+            return
+        self.last_seen = now
+        if reply["op"] == "swap" and self._swap is not None and reply["id"] == self._swap[0]["id"]:
             if reply.get("error") == "another version is being prepared":
                 self._again = True  # on the next beat
                 return

@@ -140,7 +140,9 @@ def _added(a: Counters, b: Counters, epoch: int) -> Counters:
 class Metrics:
     """The daemon's metrics; attributes are named as the metrics without the prefix."""
 
-    def __init__(self, manifest: Manifest, processes: Sequence[str] = ("server", *WORKERS)) -> None:
+    def __init__(
+        self, manifest: Manifest, processes: Sequence[str] = ("server", *WORKERS), bundle_sha256: str = ""
+    ) -> None:
         self.registry = CollectorRegistry()
         self.server = ServerTotals()
         self.registry.register(self.server)
@@ -223,8 +225,8 @@ class Metrics:
         self.features_refused = self._counter("features_refused", "Samples with features that are not finite")
         self.webhook_events = self._counter("webhook_events", "Events for the webhook, by result", "result")
         self.samples_thinned = self._counter("samples_thinned", "Samples of chatty keys the charts left out")
-        info = Gauge("tta_model_info", "Always 1", ["name", "source", "tta"], registry=self.registry)
-        info.labels(manifest.name, manifest.source, tta.__version__).set(1)
+        info = Gauge("tta_model_info", "Always 1", ["name", "source", "bundle", "tta"], registry=self.registry)
+        info.labels(manifest.name, manifest.source, bundle_sha256[:12], tta.__version__).set(1)
         # Closed label sets: every child exists from the start, so that rates begin at zero.
         for block in manifest.blocks:
             self.drift_statistic.labels(block.name).set(0)

@@ -18,10 +18,11 @@ from pathlib import Path
 import structlog
 
 from tta.errors import ConfigError
+from tta.process import is_alive
 
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 STEADY_S = 60.0  # seconds alive after which a process is no longer in a crash loop
-IPC_PATH_LIMIT = 90  # a Unix socket's path may have 107 bytes
+IPC_PATH_LIMIT = 84  # a Unix socket's path may have 107 bytes
 
 Logger = structlog.typing.FilteringBoundLogger
 
@@ -41,19 +42,6 @@ def runtime_folder(state: Path) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise ConfigError(f"{folder} is not a folder of this user's that nobody else may write: remove it")
     return folder
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process exists and is not a zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state not in ("Z", "X")
-    except OSError:
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            return False
-        return not Path("/proc/self/stat").exists()
 
 
 class Process:
@@ -100,9 +88,9 @@ class Process:
         self.ready = False
         self._log.info("process_started", name=self.name, pid=self.pid)
 
-    def adopt(self, pid: int) -> None:
-        """Take over a process that another daemon started."""
-        self._child, self.pid, self.ready = None, pid, True
+    def adopt(self, pid: int, ready: bool = True) -> None:
+        """Take over a process that another daemon, or something else of this one's, has started."""
+        self._child, self.pid, self.ready = None, pid, ready
         self._started = time.monotonic()
         self._log.info("process_adopted", name=self.name, pid=pid)
 

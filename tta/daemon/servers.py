@@ -5,8 +5,9 @@ done when all have done it, and refused if one refuses; whoever serves another v
 told again (`Treatment.reconcile`).
 """
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import zmq
 
 from tta.config import MAX_SERVERS, Config
 from tta.daemon.links import ServerLink
-from tta.daemon.processes import Logger, Process, is_alive
+from tta.daemon.processes import Logger, Process
+from tta.daemon.standby import START_S, Standby
 from tta.devices import device_of, n_gpus
 from tta.errors import ConfigError
+from tta.process import is_alive
 from tta.server.options import ServerOptions
 from tta.signatures import Trust
 
 POLL_S = 0.05
-START_S = 120.0  # seconds a server may take to load its model
 ADOPT_S = 2.0  # seconds a server left by another daemon has to answer
 LIVE_S = 10.0  # seconds of silence after which a server does not count as ready
 
@@ -34,6 +36,37 @@ def server_name(number: int) -> str:
     return f"server{number}" if number else "server"
 
 
+def server_options(
+    config: Config,
+    number: int,
+    run_folder: Path,
+    observe: str,
+    trust: Trust,
+    version_folder: Path | None,
+    public_key: str,
+    time_us: int,
+) -> ServerOptions:
+    """What the server of a number is to be started with; the arguments are those of `Servers`, as they are now."""
+    key, clients = config.security.key, config.security.clients
+    settings = {**config.server.model_dump(), "endpoint": config.server.endpoints[number]}
+    return ServerOptions(
+        bundle=str(config.bundle.resolve()),
+        version_folder=str(version_folder.resolve()) if version_folder else None,
+        admin=f"ipc://{run_folder / server_name(number)}.ipc",
+        observe=observe,
+        number=number,
+        device=device_of(config.device, number, n_gpus()),
+        precision=config.precision,
+        key=str(key.resolve()) if key else None,
+        public_key=public_key,
+        clients=str(clients.resolve()) if clients else None,
+        trust=trust,
+        time_us=time_us,
+        parent=os.getpid(),
+        **settings,
+    )
+
+
 class Servers:
     """All servers of a daemon.
 
@@ -41,6 +74,7 @@ class Servers:
         context: of the daemon's sockets.
         config: the daemon's.
         run_folder: where sockets and hand-over files lie.
+        observe: address that they send observations to.
         trust: the bundle that they serve, and whose versions.
         version_folder: where the version to start with lies; None: the source.
         time_us: see `tta.daemon.clock`.
@@ -52,6 +86,7 @@ class Servers:
         context: "zmq.Context[zmq.Socket[bytes]]",
         config: Config,
         run_folder: Path,
+        observe: str,
         trust: Trust,
         version_folder: Callable[[], Path | None],
         time_us: Callable[[], int],
@@ -60,6 +95,7 @@ class Servers:
     ) -> None:
         self._config = config
         self._run_folder = run_folder
+        self._observe = observe
         self._trust = trust
         self._version_folder = version_folder
         self._time_us = time_us
@@ -181,23 +217,15 @@ class Servers:
 
     def _options(self, number: int) -> ServerOptions:
         """What a server is to be started with."""
-        config, folder = self._config, self._version_folder()
-        key, clients = config.security.key, config.security.clients
-        settings = {**config.server.model_dump(), "endpoint": config.server.endpoints[number]}
-        return ServerOptions(
-            bundle=str(config.bundle.resolve()),
-            version_folder=str(folder.resolve()) if folder else None,
-            admin=f"ipc://{self._path(number)}",
-            observe=f"ipc://{self._run_folder / 'observe.ipc'}",
-            number=number,
-            device=device_of(config.device, number, n_gpus()),
-            precision=config.precision,
-            key=str(key.resolve()) if key else None,
-            public_key=self._public_key(),
-            clients=str(clients.resolve()) if clients else None,
-            trust=self._trust,
-            time_us=self._time_us(),
-            **settings,
+        return server_options(
+            self._config,
+            number,
+            self._run_folder,
+            self._observe,
+            self._trust,
+            self._version_folder(),
+            self._public_key(),
+            self._time_us(),
         )
 
     def _argv(self, number: int) -> Callable[[], list[str]]:
@@ -209,13 +237,15 @@ class Servers:
 
         return argv
 
-    def start_or_adopt(self, wanted: Callable[[], bool]) -> None:
+    def start_or_adopt(self, wanted: Callable[[], bool], standby: Standby | None = None) -> None:
         """Take over servers that outlived another daemon if they are those we would start; else start them.
 
-        All others of the same state folder finish and go first: they may hold an endpoint.
+        One that serves something else at an endpoint of ours goes on until its successor is warm, and for good if
+        that fails. All others of the same state folder finish and go first: they may hold an endpoint.
 
         Args:
             wanted: false once the daemon is to stop.
+            standby: servers of ours that are warm already.
 
         Raises:
             ConfigError: one did not start; the message says why. Where others are adopted they go on, and it is
@@ -228,15 +258,24 @@ class Servers:
         self._await_hello([self.links[number] for number in left], ADOPT_S, wanted)
         ours = [link for number, link in enumerate(self.links) if self._is_ours(link.hello, number)]
         strangers = self._strangers(wanted)
-        self._retire([*(link for link in self.links if link.hello and link not in ours), *strangers], wanted)
+        others = [link for link in self.links if link.hello and link not in ours]
+        before = {n: k.hello["pid"] for n, k in enumerate(self.links) if k in others and self._holds(k, n)}
+        homeless = [link for number, link in enumerate(self.links) if link in others and number not in before]
+        self._retire([*homeless, *strangers], wanted)
         for stranger in strangers:
             stranger.close()
-        for link in self.links:
+        if standby is None:
+            standby = self._stand_by(before, wanted)
+        for number, link in enumerate(self.links):
             if link in ours:
                 link.process.adopt(link.hello["pid"])
+            elif number in standby.numbers:
+                link.hello = {}
+                link.process.adopt(standby.succeed(number, before.get(number, 0)), ready=False)
             else:
                 link.process.start()
         self._await_hello(self.links, START_S, wanted)
+        standby.close()
         for number, link in enumerate(self.links):
             if link.process.ready:
                 continue
@@ -248,6 +287,26 @@ class Servers:
                 raise ConfigError(f"the server did not start: {why}")
             self._log.error("server_failed", name=link.process.name, error=why)
 
+    def _stand_by(self, before: Mapping[int, int], wanted: Callable[[], bool]) -> Standby:
+        """Warm successors of the servers of these numbers; where the daemon is to stop, those stop too.
+
+        Raises:
+            ConfigError: one does not start; those before serve on.
+        """
+        standby = Standby(self._run_folder, {number: self._options(number) for number in before}, self._log)
+        try:
+            while not standby.look() and wanted():
+                time.sleep(POLL_S)
+        except ConfigError as error:
+            standby.close()
+            pids = ", ".join(map(str, before.values()))
+            raise ConfigError(f"{error}; the one before serves on, as process {pids}") from error
+        if not wanted():
+            standby.close()
+            self._retire([self.links[number] for number in before], lambda: True)
+            raise ConfigError("stopped before the server was loaded")
+        return standby
+
     def _is_ours(self, hello: Reply, number: int) -> bool:
         """Whether a running server is the one we would start, as far as its options tell."""
         try:
@@ -256,6 +315,11 @@ class Servers:
             return False
         same = theirs.same_service(self._options(number))
         return bool(hello["bundle_sha256"] == self._trust.bundle and same)
+
+    def _holds(self, link: ServerLink, number: int) -> bool:
+        """Whether a running server has the endpoint that ours is to have."""
+        options = link.hello.get("options", {})
+        return bool(options.get("endpoint") == self._config.server.endpoints[number])
 
     def _strangers(self, wanted: Callable[[], bool]) -> list[ServerLink]:
         """Servers of endpoints that are no longer configured."""

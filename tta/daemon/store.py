@@ -12,7 +12,7 @@ from tta.daemon.files import (
     read_arrays,
     read_json,
     set_aside,
-    sync_folder,
+    sync,
     write_arrays,
     write_atomically,
     write_json,
@@ -26,14 +26,18 @@ Array = npt.NDArray[Any]
 
 
 def lock(root: Path) -> IO[str]:
-    """Hold a state folder until the file is closed: one daemon at a time.
+    """Make a state folder if there is none, and hold it until the file is closed: one daemon at a time.
 
     Raises:
-        ConfigError: another holds it.
+        ConfigError: another holds it, or it cannot be written.
     """
     import fcntl
 
-    file = (root / "lock").open("a+")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = (root / "lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"state folder {root} cannot be written: {error}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -205,7 +209,7 @@ class Store:
             write_synced(temporary / SIGNATURES, with_signature(b"", self._key.sign("version", hash_of(raw))))
         write_synced(temporary / "manifest.json", raw)
         temporary.rename(self._versions / f"{version:06d}")
-        sync_folder(self._versions)
+        sync(self._versions)
         return version
 
     def amend(self, version: int, **fields: Any) -> None:

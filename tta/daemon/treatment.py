@@ -289,7 +289,7 @@ class Treatment:
             newest = self.ledger.since(begin, self.library.n_images + self.sequence - until)
             images = stack_inputs([e for e in newest if e.sequence < until])
             if images is not None:
-                self.library.keep_images(number, images)
+                self.library.keep_images(number, images, self.clock.now_us() / 1e6)
         self.case.attributed = max(begin, until)
 
     def _add_regime(

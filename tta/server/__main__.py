@@ -7,6 +7,7 @@ Threads: the main thread is the frontend and owns the client sockets; the infere
 builder thread exists only while a version is being prepared.
 """
 
+import contextlib
 import math
 import os
 import random
@@ -28,7 +29,7 @@ from tta import log
 from tta.auth import Clients, Doorkeeper
 from tta.bundle import load_bundle
 from tta.errors import TTAError, UnavailableError
-from tta.process import allow_files
+from tta.process import allow_files, die_with, is_alive, outlive_parent
 from tta.server.batcher import Batcher, Pending
 from tta.server.frontend import Computed, Failed, Frontend, Statistics, send
 from tta.server.options import Observation, ServerOptions
@@ -41,6 +42,9 @@ ID_STRIDE = 10**14  # between two servers' ids: three years of microseconds; tho
 SWITCH_S = 0.0005  # Python's 5 ms would be how long the frontend waits for a builder that is busy in Python
 CANARY_S = 2.0  # seconds without a request after which an image is computed all the same
 SHIP_S = 1.0  # seconds between two shipments of counters
+SUCCEEDED_S = 0.1  # seconds after which a client refused by a server that is replaced finds the next
+GONE_S = 2.0  # seconds to end in, beyond those to finish what was admitted
+LOOK_S = 0.002
 
 
 class Server:
@@ -54,6 +58,7 @@ class Server:
         self.epoch = max(time.time_ns() // 1000, options.time_us) + options.number * ID_STRIDE
         self.next_id = self.epoch
         self.building = False
+        self.drained = False  # everything admitted has been computed, and nothing more will be
         self.inferred = time.monotonic()  # seconds, when a batch was last computed
 
     def startup(self) -> None:
@@ -77,6 +82,8 @@ class Server:
         self._learn_speed()
         self.statistics = Statistics(self.epoch, options.number)
         self.doorkeeper = self._doorkeeper()
+        if options.standby:
+            self._stand_by()
         self.frontend = Frontend(
             self.context,
             options,
@@ -100,6 +107,47 @@ class Server:
             device=self.predictor.device,
             precision=self.predictor.precision,
         )
+
+    def _stand_by(self) -> None:
+        """Wait, warm, until the daemon says whom to succeed; until then die with it."""
+        socket = self.context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(self.options.standby)
+        self.log.info("server_standing_by", pid=os.getpid())
+        while True:
+            if not socket.poll(round(1000 * CANARY_S)):
+                continue
+            identity, body = socket.recv_multipart()
+            command = msgspec.msgpack.decode(body, type=dict[str, Any])
+            if command["op"] == "hello":
+                socket.send_multipart([identity, msgspec.msgpack.encode({"op": "hello", "pid": os.getpid()})])
+            elif command["op"] == "succeed":
+                break
+        outlive_parent()  # from here on there may be no other server
+        socket.close()
+        Path(self.options.standby.removeprefix("ipc://")).unlink(missing_ok=True)
+        if command["pid"]:
+            self._succeed(command["pid"])
+
+    def _succeed(self, pid: int) -> None:
+        """Let the server before finish what it has admitted and go."""
+        admin = self.context.socket(zmq.DEALER)
+        admin.setsockopt(zmq.LINGER, 0)
+        admin.connect(self.options.admin)
+        admin.send(msgspec.msgpack.encode({"op": "hello"}))
+        start = time.monotonic()
+        if admin.poll(round(1000 * GONE_S)) and msgspec.msgpack.decode(admin.recv())["pid"] == pid:
+            admin.send(msgspec.msgpack.encode({"op": "drain", "retry_after_s": SUCCEEDED_S}))
+        end = start + self.options.drain_s + GONE_S
+        while is_alive(pid):
+            time.sleep(LOOK_S)
+            if time.monotonic() > end:  # whatever it hangs in: the endpoint is needed
+                end += GONE_S
+                self.log.warning("server_killed", pid=pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        admin.close()
+        self.log.info("server_succeeds", pid=pid, gap_s=round(time.monotonic() - start, 4))
 
     def _doorkeeper(self) -> Doorkeeper | None:
         key, clients = self.options.key, self.options.clients
@@ -146,10 +194,10 @@ class Server:
         self.frontend.draining = True
         end = time.monotonic() + self.options.drain_s
         self.batcher.close()
-        while time.monotonic() < end and self.inference.is_alive():
+        while time.monotonic() < end and self.inference.is_alive() and not self.drained:
             self.frontend.tick()
         left = [*self.batcher.clear(), *self.frontend.give_up_files()]
-        self.frontend.finish(Failed(left, UnavailableError("the server went down", 1.0)))
+        self.frontend.finish(Failed(left, UnavailableError("the server went down", self.frontend.retry_after_s)))
         self.frontend.close()
         self.context.destroy(linger=1000)
         self.log.info("server_stopped")
@@ -191,6 +239,8 @@ class Server:
                 shipped = time.monotonic()
                 self._ship(observations, [msgspec.msgpack.encode(self.statistics.snapshot(self.batcher.images))])
         observations.close()
+        self.drained = True
+        self.frontend.wake()  # to see that
 
     def _sing(self) -> None:
         """An idle server computes an image now and then, to know that it could."""
@@ -272,6 +322,7 @@ class Server:
         elif op == "release":  # the version in service has proved itself
             self.predictor.release()
         elif op == "drain":
+            self.frontend.retry_after_s = command.get("retry_after_s", self.frontend.retry_after_s)
             self.should_exit = True
             respond({"op": "drain"})
         elif op == "swap":
@@ -322,6 +373,8 @@ def main() -> int:
     options = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ServerOptions)
     if len(sys.argv) > 2:  # not from the file, which lies where others may write
         options = msgspec.structs.replace(options, trust=Trust.told(sys.argv[2]))
+    if options.standby:
+        die_with(options.parent)
     sys.setswitchinterval(SWITCH_S)
     logger = log.setup(f"server{options.number or ''}")
     server = Server(options, logger)
@@ -334,7 +387,8 @@ def main() -> int:
         return 2
     server.main_loop()
     server.shutdown()
-    return 0
+    sys.stderr.flush()
+    os._exit(0)  # the runtime takes 0.2 s to clear up, in which whoever follows waits for the endpoint
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ STRETCH = 1.5  # times as long a batch may take for being filled up by clients w
 REMEASURE_S = 60.0  # after which a batch size is tried again
 LEAST_RETRY_S = 0.01
 MAX_FINISHED = 256
+CLOSED_S = 0.005  # between two looks for what the decoder still brings
 
 
 @dataclass(eq=False, slots=True)
@@ -293,7 +294,7 @@ class Batcher:
             if not self._clients:
                 self._busy_until = 0.0
                 self._finished.clear()
-                self._wait_for(1, timeout_s)
+                self._wait_for(1, min(timeout_s, CLOSED_S) if self._closed else timeout_s)
             else:
                 self._fill()
             batch: list[Pending] = []

@@ -38,6 +38,7 @@ from tta.server.decoder import Decoder
 from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, ServerOptions
 from tta.server.repeats import Repeats
 
+BIND_S = 3.0  # that an endpoint may be held after its process has gone
 POLL_MS = 100  # how late a signal is noticed
 LATE_MS = 10  # between two attempts to send replies that were not taken
 LATE_BYTES = 4 << 20  # of such replies of a client; then its oldest are dropped
@@ -155,6 +156,20 @@ class Statistics:
         )
 
 
+def _bind(socket: "zmq.Socket[bytes]", endpoint: str, wait_s: float) -> None:
+    """Bind, trying for so many seconds: the system may hold a moment longer what a killed process had."""
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
 class Frontend:
     """Sockets and admission of one server."""
 
@@ -175,6 +190,7 @@ class Frontend:
         self.batcher = batcher
         self.statistics = statistics
         self.draining = False
+        self.retry_after_s = 1.0  # told to whom it refuses then
         self._admin = admin
         self._version = version
         self._log = log
@@ -184,7 +200,7 @@ class Frontend:
         self._data.setsockopt(zmq.HEARTBEAT_TIMEOUT, 20000)
         guarded = doorkeeper is not None and doorkeeper.guard(self._data, options.endpoint)
         self._doorkeeper = doorkeeper if guarded else None
-        self._data.bind(options.endpoint)
+        _bind(self._data, options.endpoint, BIND_S if options.standby else 0.0)
         self._admin_socket = context.socket(zmq.ROUTER)
         self._admin_socket.setsockopt(zmq.LINGER, 1000)
         self._admin_socket.bind(options.admin)
@@ -258,19 +274,20 @@ class Frontend:
     def finish(self, batch: Computed | Failed) -> None:
         """Inference thread: hand a batch over."""
         self._finished.append(batch)
-        self._wake_up()
+        self.wake()
 
     def _hand_over(self, request: Pending, error: BaseException | None) -> None:
         """Decoder thread: hand a request over whose files are images now, or are none."""
         self._decoded.append((request, error))
-        self._wake_up()
+        self.wake()
 
     def answer_admin(self, identity: bytes, reply: dict[str, Any]) -> None:
         """Builder thread: answer the daemon."""
         self._admin_replies.append([identity, msgspec.msgpack.encode(reply)])
-        self._wake_up()
+        self.wake()
 
-    def _wake_up(self) -> None:
+    def wake(self) -> None:
+        """Any thread: have the poll look at what it was given."""
         try:
             os.write(self._waker, b"!")
         except BlockingIOError:  # so many bytes wait that it will wake anyway
@@ -318,7 +335,7 @@ class Frontend:
             self.statistics.repeated += 1
             return
         if self.draining:
-            raise UnavailableError("draining: the server is going down", 1.0)
+            raise UnavailableError("draining: the server is going down", self.retry_after_s)
         if request.preprocessing is not None and request.preprocessing != self.manifest.preprocessing_sha256:
             raise InputError(
                 f"images were prepared by recipe {request.preprocessing!r}, the model is made for "

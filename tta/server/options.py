@@ -1,7 +1,8 @@
 """What the daemon tells a server at its start, as a JSON file; and what both say to each other later.
 
-admin socket (daemon → server)   hello | swap | release | drain
-observations (server → daemon)   observation (one a batch) | counters (one a second)
+admin socket (daemon, or the server that follows → server)   hello | swap | release | drain
+standby (daemon → server)                                    hello | succeed
+observations (server → daemon)                               observation (one a batch) | counters (one a second)
 """
 
 import msgspec
@@ -19,6 +20,8 @@ class ServerOptions(msgspec.Struct, kw_only=True):
         clients: file of the list of clients.
         trust: what bundle to serve, and whose versions.
         time_us: microseconds since the epoch at least: prediction ids begin beyond those of any server before.
+        standby: address of a server that loads and then waits to be told to `succeed`; "": it serves at once.
+        parent: process id of the daemon, with which a server on standby dies.
     """
 
     bundle: str
@@ -46,10 +49,15 @@ class ServerOptions(msgspec.Struct, kw_only=True):
     trust: Trust = Trust()
     seed: int = 0
     time_us: int = 0
+    standby: str = ""
+    parent: int = 0
 
     def same_service(self, other: "ServerOptions") -> bool:
         """Whether a server started with `other` can be used as one started with these; the version may differ."""
-        ours, theirs = (msgspec.structs.replace(each, version_folder=None, time_us=0) for each in (self, other))
+        replace = msgspec.structs.replace
+        ours, theirs = (
+            replace(each, version_folder=None, time_us=0, standby="", parent=0) for each in (self, other)
+        )
         return ours == theirs
 
 

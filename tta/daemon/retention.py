@@ -1,0 +1,76 @@
+"""How long images stay on the disk: of the bundle that serves, of those before it, and in files set aside."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tta.daemon.deployment import FORMER
+from tta.daemon.labels import EXPIRED_AT_A_TIME, LabelBuffer, erase_labels
+from tta.daemon.library import expire_images
+
+SET_ASIDE = ("labels.sqlite.damaged-*", ".labels.sqlite.new*", "regimes/*-images.*.damaged-*")
+
+
+class Retention:
+    """Deletes images. Owned by the daemon's main thread.
+
+    Args:
+        root: the state folder.
+        labels: of the bundle that serves.
+    """
+
+    def __init__(self, root: Path, labels: LabelBuffer) -> None:
+        self._root = root
+        self._labels = labels
+
+    def erase(self, prediction_ids: Sequence[int]) -> int:
+        """Delete the labels of predictions with their images, also those of former bundles; how many.
+
+        Raises:
+            UnavailableError: the disk refuses, or somebody reads a file: ask again.
+        """
+        former = sum(erase_labels(path, prediction_ids) for path in self._former("labels.sqlite"))
+        return former + self._labels.delete(prediction_ids)
+
+    def erase_everything(self) -> tuple[int, int]:
+        """Delete every label and image: how many labels, and images of regimes, of the bundle that serves.
+
+        Raises:
+            UnavailableError, OSError: the disk refuses: ask again.
+        """
+        for pattern in ("labels.sqlite*", "regimes/*-images.*"):
+            for path in self._former(pattern):
+                path.unlink()
+        for path in self.set_aside():
+            path.unlink()
+        return self._labels.delete_all(), expire_images(self._root, float("inf"))
+
+    def expire(self, age_s: float, now_us: int) -> tuple[int, int]:
+        """Delete what was stored longer ago; how many labels, `EXPIRED_AT_A_TIME` of a bundle at most, and images.
+
+        Of files that were set aside nobody knows what they hold: they go when they are so old themselves.
+
+        Raises:
+            UnavailableError, OSError: the disk refuses.
+        """
+        before_us = now_us - round(1e6 * age_s)
+        n_labels = self._labels.expire(age_s)
+        n_labels += sum(erase_labels(path, (), before_us) for path in self._former("labels.sqlite"))
+        folders = (self._root, *self._former(""))
+        n_images = sum(expire_images(folder, before_us / 1e6) for folder in folders)
+        for path in self.set_aside():
+            if path.stat().st_mtime < before_us / 1e6:
+                path.unlink()
+        return n_labels, n_images
+
+    def set_aside(self) -> list[Path]:
+        """Damaged files that may hold images."""
+        return [path for pattern in SET_ASIDE for path in self._root.glob(pattern)]
+
+    def _former(self, pattern: str) -> Iterator[Path]:
+        for folder in list((self._root / FORMER).glob("*")):
+            yield from list(folder.glob(pattern)) if pattern else [folder]
+
+
+def is_more(n_labels: int) -> bool:
+    """Whether labels that are too old may be left after so many were deleted at once."""
+    return n_labels >= EXPIRED_AT_A_TIME
