@@ -29,7 +29,7 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
   CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9100/readyz', timeout=2)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["tta"]
-CMD ["serve", "--config", "/etc/tta/docker.yaml"]
+CMD ["serve", "--config", "/etc/tta/docker.yaml", "--deploy"]
 
 FROM base AS serve-cpu
 RUN pip install -c constraints.txt '.[serve-cpu]'

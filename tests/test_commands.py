@@ -16,6 +16,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.waiting import until
+from tta.commands import app
 from tta.packaging.digits import KWARGS, digits
 from tta.scenario import DaemonProcess
 
@@ -151,6 +152,43 @@ def test_bad_input_gives_one_line_and_status_2(arguments: tuple[str, ...], text:
     assert result.returncode == 2
     assert text in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+AWAY = ("--control", "tcp://127.0.0.1:9", "--timeout-s", "0.2")  # where nobody listens
+BAD = {  # of every command that takes arguments of its own
+    "ask": AWAY,
+    "bench": ("--endpoint", "tcp://127.0.0.1:9", "--timeout-s", "0.2"),
+    "check": ("nothing.tta",),
+    "demo": ("--folder", "/dev/null/demo"),
+    "deploy": ("new.tta", *AWAY),
+    "erase": (),
+    "export": ("nothing.tta", "--out", "x.safetensors"),
+    "keygen": ("../name", "--folder", "keys"),
+    "label": ("1=1", *AWAY),
+    "package": ("timm:nope", "--reference", ".", "--out", "x"),
+    "predict": ("nowhere.png",),
+    "replay": ("nothing.tta", "nothing.npz"),
+    "rollback": ("7", *AWAY),
+    "serve": ("nothing.tta",),
+    "sign": ("nothing.tta", "--with", "nothing.pem"),
+    **{name: AWAY for name in ("accept", "adapt", "approve", "pause", "reset", "resume", "status", "versions")},
+    "top": ("--json", *AWAY),
+}
+
+
+@pytest.mark.parametrize("command", sorted(BAD))
+def test_every_command_says_what_is_wrong_with_its_input(command: str, tmp_path: Path) -> None:
+    """Bad input on each command is one clear line on standard error and a status that is not zero."""
+    result = tta(command, *BAD[command], cwd=tmp_path)
+
+    assert result.returncode not in (0, None)
+    assert result.stderr.splitlines()[-1].startswith("tta: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_no_command_is_left_out() -> None:
+    """The table of bad inputs has every command there is."""
+    assert set(BAD) == {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
 
 
 def test_a_port_in_use_stops_the_start(daemon: DaemonProcess, bundle_path: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class DaemonConfig(Section):
         None, description="where every event of the cycle is posted as JSON; null: nowhere"
     )
     bundles: Path | None = Field(
-        None, description="folder that `tta deploy` takes bundles from; null: that of `bundle`"
+        None, description="folder in or below which `tta deploy` finds bundles; null: beside `bundle`"
     )
     former_bundles: int = Field(
         2, ge=0, description="bundles that served before of which labels, versions and regimes are kept"

@@ -107,10 +107,11 @@ def test_what_was_deployed_serves_over_a_restart(bundle_path: Path, other: Path,
     assert deployment.bundle_in_force(tmp_path / "gone.tta") == copy
     assert load_bundle(copy).manifest.name == "other"
     assert deployment.bundle_in_force(other) == other
-    assert deployment.bundle_in_force(bundle_path, deploy=True) == bundle_path
+    assert deployment.bundle_in_force(bundle_path, deploy=True) == copy  # as when it was deployed: no way back
     third = rebundle(bundle_path, tmp_path / "third.tta", name="third")
     with pytest.raises(ConfigError, match="neither the bundle deployed last"):
         deployment.bundle_in_force(third)
+    assert deployment.bundle_in_force(third, deploy=True) == third
 
     deployment.claim(bundle_sha256(other), other, deploy=False)
     deployment.settle(bundle_sha256(other), other, 2)  # the configuration has caught up

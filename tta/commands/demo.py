@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tta.commands.output import Json, console, print_json, print_table, progress_console
+from tta.errors import ConfigError
 
 if TYPE_CHECKING:
     from tta.scenario import Phase, Report, Scenario
@@ -44,6 +45,10 @@ def demo(
     from tta.scenario import DaemonProcess, Scenario, draw_timeline, measure
 
     began = time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--folder {folder} cannot be made: {error}") from error
     bundle = folder / "digits.tta"
     _prepare_model(bundle, quiet=as_json)
     phases = _phases(seed)

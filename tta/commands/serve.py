@@ -30,7 +30,7 @@ def serve(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")] = None,
     state: Annotated[Path | None, typer.Option(help="State folder.")] = None,
     deploy: Annotated[
-        bool, typer.Option("--deploy", help="If the state folder is another bundle's, put its state aside.")
+        bool, typer.Option("--deploy", help="If the bundle is another than before, put the state of that aside.")
     ] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: server.threads=2.")] = None,
 ) -> None:

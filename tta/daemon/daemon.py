@@ -204,7 +204,7 @@ class Daemon:
             self.deployment,
             manifest,
             self.bundle.sha256,
-            config.daemon.bundles or self.given.bundle.parent,
+            self.given.bundle,
             self._warm_up,
             self.treatment.record,
             self.log,
@@ -259,6 +259,8 @@ class Daemon:
 
     def _take_what_is_deployed(self) -> None:
         """A bundle that was deployed serves over a restart, also where the configuration still names another."""
+        if self._former is not None:
+            return  # it has said which
         bundle = self.deployment.bundle_in_force(self.config.bundle, self.deploy)
         if bundle != self.config.bundle:
             self.log.warning("configuration_outdated", configured=str(self.config.bundle), serving=str(bundle))

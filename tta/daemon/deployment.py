@@ -50,10 +50,11 @@ class Deployment:
 
         Args:
             configured: what the configuration names.
-            deploy: the configured one, whatever served before.
+            deploy: a third is served; what was deployed stays while the configuration is as it was then, so that a
+                restart does not take it back.
 
         Raises:
-            ConfigError: the configuration names a third by now.
+            ConfigError: the configuration names a third by now, and it is not to be served.
         """
         named = _identity(configured)
         try:
@@ -62,10 +63,12 @@ class Deployment:
             record = {"bundle": self._owner(), "instead_of": named}
         deployed = record.get("bundle", "") or ("" if named else self._owner())
         copy = self._copy_of(deployed)
-        if deploy or deployed in ("", named) or not copy.exists():
+        if deployed in ("", named) or not copy.exists():
             return configured
         if named in ("", record.get("instead_of")):
             return copy
+        if deploy:
+            return configured
         raise ConfigError(
             f"{configured} ({named[:12]}…) is neither the bundle deployed last ({deployed[:12]}…, {copy}) nor the "
             "one configured then: start with --deploy to serve it, or set `bundle` to that one"

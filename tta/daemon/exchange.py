@@ -32,7 +32,7 @@ class Exchange:
         deployment: of its state folder.
         present: manifest of the bundle in service.
         present_sha256: its identity.
-        folder: where bundles may be taken from.
+        configured: bundle that the configuration names.
         warm_up: starts the servers of a bundle that lies at a path.
         told: hears of what happens, by name and evidence.
         log: where to.
@@ -44,7 +44,7 @@ class Exchange:
         deployment: Deployment,
         present: Manifest,
         present_sha256: str,
-        folder: Path,
+        configured: Path,
         warm_up: Callable[[Path, str], Standby],
         told: Callable[..., None],
         log: Logger,
@@ -53,7 +53,7 @@ class Exchange:
         self._deployment = deployment
         self._present = present
         self._present_sha256 = present_sha256
-        self._folder = folder
+        self._configured = configured
         self._warm_up = warm_up
         self._told = told
         self._log = log
@@ -74,12 +74,26 @@ class Exchange:
         """
         if self._thread is not None or self.standby is not None:
             raise PreconditionError("a bundle is being deployed already: see `tta status`")
-        resolved, folder = path.resolve(), self._folder.resolve()
-        if folder not in resolved.parents:
-            raise InputError(f"bundles are taken from {folder} (daemon.bundles): put {path.name} there")
+        resolved = path.resolve()  # where a link leads
+        self._check_place(resolved)
         self._answer, self._checked = (answer, fail), None
         self._thread = threading.Thread(target=self._check, args=(resolved, force), name="exchange", daemon=True)
         self._thread.start()
+
+    def _check_place(self, path: Path) -> None:
+        """Bundles name code to import: only whoever may write a folder of the operator's choice has them served.
+
+        Raises:
+            InputError: it does not lie beside the configured one, nor in or below `daemon.bundles`.
+        """
+        chosen = self._config.daemon.bundles
+        if chosen is not None:
+            folder, right = chosen.resolve(), chosen.resolve() in path.parents
+        else:
+            folder = self._configured.resolve().parent
+            right = path.parent == folder
+        if not right:
+            raise InputError(f"bundles are taken from {folder} (daemon.bundles): put {path.name} there")
 
     def _check(self, path: Path, force: bool) -> None:
         try:
