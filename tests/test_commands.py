@@ -171,7 +171,7 @@ BAD = {  # of every command that takes arguments of its own
     "rollback": ("7", *AWAY),
     "serve": ("nothing.tta",),
     "sign": ("nothing.tta", "--with", "nothing.pem"),
-    **{name: AWAY for name in ("accept", "adapt", "approve", "pause", "reset", "resume", "status", "versions")},
+    **dict.fromkeys(("accept", "adapt", "approve", "pause", "reset", "resume", "status", "versions"), AWAY),
     "top": ("--json", *AWAY),
 }
 

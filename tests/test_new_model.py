@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from tests.rebundle import rebundle
 from tests.waiting import until
@@ -170,6 +171,33 @@ def test_a_bundle_that_cannot_be_served_leaves_the_present_one_in_service(
     assert (after["bundle_sha256"], after["processes"]["server"]["pid"]) == (bundle.sha256, server)
     assert after["events"][-1]["event"] == "deploy_failed"
     assert after["samples"] > 50  # the very same daemon, which knows its predictions still
+
+
+def test_a_bundle_that_fails_at_the_last_step_gives_everything_back(
+    start_daemon: Callable[..., DaemonProcess], bundle: Bundle, tmp_path: Path
+) -> None:
+    """A model that serves but cannot be watched: the present one answers on, and has its labels still."""
+    reference = {name: array for name, array in bundle.reference.items() if name != "cut"}
+    bad = rebundle(bundle.path, tmp_path / "bad.tta", {"reference.safetensors": save(reference)}, name="bad")
+    daemon = start_daemon(**anywhere(bundle))
+    server = server_of(daemon)
+    with Sender(daemon.endpoint, daemon.control, (bundle, bundle)) as sender:
+        sender.more(50)
+        ids, rows = map(list, zip(*sender.ids[-20:], strict=True))
+        with daemon.client() as client:
+            assert client.label(ids, [int(sender.y[row]) for row in rows]) == ["joined"] * 20
+        refused = tta(daemon, "deploy", bad)
+        sender.more(50)
+
+    assert refused.returncode == 2
+    assert "the former bundle serves on: 'cut'" in refused.stderr
+    assert (sender.failures, set(sender.by)) == ([], {"old"})
+    after = status(daemon)
+    assert (after["bundle_sha256"], after["labels_buffered"]) == (bundle.sha256, 20)
+    assert after["processes"]["server"]["pid"] == server
+    state = daemon.folder / "state"
+    assert list((state / "former").glob("*")) == []
+    assert [p.name for p in (state / "bundles").iterdir()] == [f"{bundle.sha256[:16]}.tta"]
 
 
 def test_what_is_not_to_be_deployed_is_refused(

@@ -234,7 +234,7 @@ def check_signed(bundle: Bundle, signers: Mapping[str, str]) -> str:
     Raises:
         BundleError: nobody of them has.
     """
-    signer = signer_of("bundle", bundle.sha256, _signatures(bundle.path), signers)
+    signer = signer_of("bundle", bundle.sha256, signatures_of(bundle.path), signers)
     if signer is None:
         raise BundleError(
             f"{bundle.path} is not signed by any of security.signers ({', '.join(signers)}): look where it comes "
@@ -243,7 +243,12 @@ def check_signed(bundle: Bundle, signers: Mapping[str, str]) -> str:
     return signer
 
 
-def _signatures(path: Path) -> bytes:
+def signatures_of(path: Path) -> bytes:
+    """The lines of a bundle's signatures; empty if nobody has signed it.
+
+    Raises:
+        BundleError: they cannot be read.
+    """
     if path.is_dir():
         return read_signatures(path)
     try:
@@ -266,7 +271,7 @@ def sign_bundle(path: Path, key: SigningKey) -> None:
         BundleError: it does not verify.
         OSError: it cannot be written.
     """
-    lines = with_signature(_signatures(path), key.sign("bundle", load_bundle(path).sha256))
+    lines = with_signature(signatures_of(path), key.sign("bundle", load_bundle(path).sha256))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     if path.is_dir():
         temporary.write_bytes(lines)

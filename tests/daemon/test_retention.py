@@ -154,6 +154,28 @@ def test_former_bundles_and_damaged_files_age_too(tmp_path: Path) -> None:
     labels.close()
 
 
+def test_a_damaged_file_does_not_keep_others_from_being_erased(tmp_path: Path) -> None:
+    """A former bundle's damaged labels are set aside and told; all others go, and those with everything."""
+    labels = LabelBuffer(tmp_path / "labels.sqlite", 100, 0.6, SHAPE)
+    labels.add([labelled(1)])
+    damaged, sound = (tmp_path / "former" / name for name in ("a", "b"))
+    for folder in (damaged, sound):
+        (folder / "regimes").mkdir(parents=True)
+    (damaged / "labels.sqlite").write_bytes(b"no database" * 1000)
+    other = LabelBuffer(sound / "labels.sqlite", 100, 0.6, SHAPE)
+    other.add([labelled(1)])
+    other.close()
+    (sound / "regimes" / ".000001-images.safetensors.tmp").write_bytes(pattern(1).tobytes())
+    retention = Retention(tmp_path, labels)
+
+    assert retention.erase([1]) == 2
+    assert sorted(p.parent.name for p in retention.set_aside()) == ["a", "regimes"]
+    assert retention.erase_everything() == (0, 0)
+    assert retention.set_aside() == []
+    assert on_disk(tmp_path, pattern(1)) == []
+    labels.close()
+
+
 def test_the_disk_budget_bounds_labels_and_images(
     start_daemon: Callable[..., DaemonProcess], stream: tuple[np.ndarray, np.ndarray]
 ) -> None:

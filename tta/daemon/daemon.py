@@ -80,6 +80,7 @@ class Daemon:
         deploy: put the state of another bundle aside.
         former: that this one follows in the same process, with another bundle.
         bundle: the one to serve then.
+        discard: identity of a bundle that did not come into service: what it left is deleted; "" for none.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Daemon:
         deploy: bool = False,
         former: "Daemon | None" = None,
         bundle: Path | None = None,
+        discard: str = "",
     ) -> None:
+        self._discard = discard
         self.given = config
         self.config = config if bundle is None else config.model_copy(update={"bundle": bundle})
         self.log = log
@@ -129,6 +132,8 @@ class Daemon:
         self.trust, key = self._trust()  # before anything is done with what the bundle says
         self._lock_file = lock(self.config.state)
         self.deployment.claim(self.bundle.sha256, self.given.bundle, self.deploy)
+        if self._discard:
+            self.deployment.discard(self._discard)
         self._keep_bundle()
         config = self.config
         manifest = self.bundle.manifest
@@ -427,15 +432,16 @@ class Daemon:
         return self.treatment.clock.now_us()
 
     def _start_servers(self) -> None:
-        standby = self._former.exchange.standby if self._former is not None else None
-        self._former = None
+        former, self._former = self._former, None
+        standby = former.exchange.standby if former is not None else None
+        before = {} if former is None else {n: k.process.pid or 0 for n, k in enumerate(former.servers.links)}
 
         def wanted() -> bool:
             self._ticked = time.monotonic()
-            # What is warm already serves in a moment; then there is somebody to stop it as it should be.
-            return not self.signalled or standby is not None
+            # Between two bundles there is a server in a moment; then it is stopped as it should be.
+            return not self.signalled or former is not None
 
-        self.servers.start_or_adopt(wanted, standby)
+        self.servers.start_or_adopt(wanted, standby, before)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         self.signalled.append(signum)
@@ -486,7 +492,7 @@ class Daemon:
             self.treatment.tick()
             self.treatment.retire()
             self._expire(now)
-            self.exchanging = self.exchange.turn()
+            self.exchanging = self.exchange.turn() and self.servers.settled
             self._refresh_metrics(now)
         except (OSError, sqlite3.Error, TTAError) as error:
             if now - self._disk_failed > DISK_TOLD_S:
@@ -759,11 +765,15 @@ def serve(config: Config, log: Logger, deploy: bool = False) -> int:
     """
     daemon = Daemon(config, log, deploy)
     try:
-        _start(daemon)
+        return _run(daemon, log)
     except TTAError:
         if daemon.signalled:  # it was not to start any more
             return 0
         raise
+
+
+def _run(daemon: Daemon, log: Logger) -> int:
+    _start(daemon)
     while True:
         try:
             daemon.main_loop()
@@ -794,18 +804,16 @@ def _successor(former: Daemon, log: Logger) -> Daemon:
         TTAError: not even the former starts again.
     """
     exchange = former.exchange
-    known = exchange.has_served_before
     daemon = Daemon(former.given, log, former=former, bundle=exchange.copy)
     try:
         daemon.startup()
     except Exception as error:  # whatever it is, the former served a moment ago
         log.exception("deploy_failed", bundle=str(exchange.copy), error=str(error))
         daemon.shutdown(stop_server=False)
-        exchange.close()
-        daemon = Daemon(former.given, log, former=former, bundle=former.config.bundle)
+        left = "" if exchange.has_served_before else exchange.sha256
+        exchange.end_standby()
+        daemon = Daemon(former.given, log, former=former, bundle=former.config.bundle, discard=left)
         _start(daemon)
-        if not known:
-            daemon.deployment.discard(exchange.sha256)
         daemon.treatment.record("deploy_failed", error=str(error))
     else:
         daemon.treatment.record("deployed", bundle=daemon.bundle.sha256, model=daemon.bundle.manifest.name)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tta.bundle import bundle_sha256, load_bundle
+from tta.bundle import bundle_sha256, load_bundle, signatures_of
 from tta.daemon.files import read_json, set_aside, sync, write_json
 from tta.errors import BundleError, ConfigError, DamagedError
 from tta.versions import SOURCE, has_weights
@@ -139,10 +139,10 @@ class Deployment:
         copy = self._copy_of(sha256)
         try:
             load_bundle(copy, sha256)
+            if signatures_of(copy) == signatures_of(bundle):
+                return copy
         except BundleError:
             pass
-        else:
-            return copy
         copy.parent.mkdir(parents=True, exist_ok=True)
         temporary = copy.with_name(f".tmp-{copy.name}")
         _remove(temporary)
@@ -164,8 +164,12 @@ class Deployment:
         return copy
 
     def discard(self, sha256: str) -> None:
-        """Delete what a bundle left that did not come into service."""
+        """Delete what a bundle left that did not come into service, and has not served before."""
         shutil.rmtree(former_folder(self.root, sha256), ignore_errors=True)
+        self.drop_copy(sha256)
+
+    def drop_copy(self, sha256: str) -> None:
+        """Delete the copy of a bundle that does not serve."""
         _remove(self._copy_of(sha256))
 
     def version_of_former(self, sha256: str) -> Path | None:

@@ -1,21 +1,26 @@
 """One bundle on its way into the place of another, while the daemon goes on with everything else.
 
-It is read, compared and copied in a thread; then its servers load beside those that serve. Only when they are warm
-does the daemon end, and one with the new bundle begins, which has them succeed those before.
+It is read, compared and copied in a thread; then its servers load, and its thresholds are computed where they are
+not its own, beside those that serve. Only then does the daemon end, and one with the new bundle begins, which has
+the servers succeed those before.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tta.bundle import Bundle, Manifest, check_signed, interface_changes, load_bundle
 from tta.config import Config
+from tta.daemon.calibrations import Calibrations
 from tta.daemon.deployment import Deployment, former_folder
 from tta.daemon.labels import room_for_labels
 from tta.daemon.processes import Logger
 from tta.daemon.standby import Standby
 from tta.errors import InputError, PreconditionError, TTAError, UnavailableError
+from tta.monitor.stickiness import nearest
 
 DISK_RETRY_S = 60.0  # seconds after which a copy may be tried again
 
@@ -64,6 +69,8 @@ class Exchange:
         self.copy: Path | None = None  # of the bundle under way
         self.sha256 = ""  # its identity
         self.has_served_before = False
+        self._calibrations: Calibrations | None = None
+        self._calibrated = False
 
     def begin(self, path: Path, force: bool, answer: Answer, fail: Fail) -> None:
         """Deploy a bundle: the answer comes from `turn` when it has been read and copied.
@@ -125,11 +132,17 @@ class Exchange:
         if self.standby is None:
             return False
         try:
-            return self.standby.look()
+            return self.standby.look() and self._has_thresholds()
         except TTAError as error:
             self._told("deploy_failed", error=str(error))
             self.close()
             return False
+
+    def _has_thresholds(self) -> bool:
+        """Whether a start finds them; one that must compute them answers nobody meanwhile."""
+        if self._calibrations is not None and self._calibrations.poll() is not None:
+            self._calibrated = True  # or they could not be computed, and the start tries that again
+        return self._calibrated
 
     def _conclude_check(self) -> None:
         assert self._answer is not None
@@ -145,9 +158,11 @@ class Exchange:
         self.sha256 = bundle.sha256
         self.has_served_before = former_folder(self._deployment.root, bundle.sha256).is_dir()
         try:
+            self._calibrate(replace(bundle, path=self.copy))
             self.standby = self._warm_up(self.copy, bundle.sha256)
         except (OSError, TTAError) as error:
             fail(error if isinstance(error, TTAError) else UnavailableError(str(error), DISK_RETRY_S))
+            self.close()
             return
         self._told("deploying", bundle=bundle.sha256, model=bundle.manifest.name)
         answer(
@@ -159,8 +174,32 @@ class Exchange:
             }
         )
 
+    def _calibrate(self, bundle: Bundle) -> None:
+        """Have the thresholds computed that a start begins with, in the folder that is moved to its place then."""
+        monitor = self._config.monitor
+        root = former_folder(self._deployment.root, bundle.sha256) / "calibrations"
+        root.mkdir(parents=True, exist_ok=True)
+        self._calibrations = Calibrations(root, bundle, monitor.arl, self._config.adapt.nice, self._log)
+        wanted = nearest(monitor.stickiness or 0.0, 1.0)
+        self._calibrated = self._calibrations.kept(wanted) is not None
+        if not self._calibrated:
+            self._calibrations.request(wanted)
+
     def close(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way, and leave nothing of it."""
+        self.end_standby()
+        if self._calibrations is not None:
+            self._calibrations.close()
+        if self.copy is not None:
+            with contextlib.suppress(OSError):
+                if self.has_served_before:
+                    self._deployment.drop_copy(self.sha256)
+                else:
+                    self._deployment.discard(self.sha256)
+        self.copy = self._calibrations = None
+
+    def end_standby(self) -> None:
+        """Stop the servers that were not told to succeed others."""
         if self.standby is not None:
             self.standby.close()
-        self.standby = self.copy = None
+        self.standby = None

@@ -142,8 +142,8 @@ def fits(prediction_id: int, fit_fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fit_fraction * 2**64
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    """The database, made if it is not there.
+def _open(path: Path, check: bool = True) -> sqlite3.Connection:
+    """The database, made if it is not there; `check` reads a small one through.
 
     Raises:
         sqlite3.DatabaseError: it is damaged.
@@ -163,8 +163,10 @@ def _open(path: Path) -> sqlite3.Connection:
             db.execute("UPDATE labels SET feedback = 1 WHERE label IS NULL")
         db.executescript(INDEXES)
         db.execute("UPDATE labels SET stored_us = ? WHERE stored_us = 0", (wall_us(),))
+        if "stored_us" not in has:
+            db.execute("VACUUM")  # an older release left images in free pages
         small = path.stat().st_size <= CHECKED_BYTES
-        problem = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small else "ok"
+        problem = db.execute("PRAGMA quick_check(1)").fetchone()[0] if small and check else "ok"
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
     except sqlite3.DatabaseError:
@@ -360,7 +362,7 @@ def _erase(db: sqlite3.Connection, prediction_ids: Sequence[int]) -> int:
 
 
 def erase_labels(path: Path, prediction_ids: Sequence[int] = (), before_us: int = 0) -> int:
-    """Delete labels from a file that no daemon has open; how many there were.
+    """Delete labels from a file that no daemon has open; how many there were. A damaged one is set aside.
 
     Args:
         path: of the file.
@@ -371,9 +373,12 @@ def erase_labels(path: Path, prediction_ids: Sequence[int] = (), before_us: int 
         UnavailableError: they cannot be deleted.
     """
     try:
-        with contextlib.closing(_open(path)) as db:
+        with contextlib.closing(_open(path, check=False)) as db:
             return _erase(db, [*prediction_ids, *_stored_before(db, before_us)])
-    except sqlite3.Error as error:
+    except sqlite3.DatabaseError as error:
+        if is_damage(error):
+            set_aside(path)
+            return 0
         raise UnavailableError(f"labels in {path} cannot be deleted: {error}", RETRY_S) from error
 
 

@@ -1,13 +1,17 @@
 """How long images stay on the disk: of the bundle that serves, of those before it, and in files set aside."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tta.daemon.deployment import FORMER
 from tta.daemon.labels import EXPIRED_AT_A_TIME, LabelBuffer, erase_labels
 from tta.daemon.library import expire_images
+from tta.errors import UnavailableError
 
-SET_ASIDE = ("labels.sqlite.damaged-*", ".labels.sqlite.new*", "regimes/*-images.*.damaged-*")
+SET_ASIDE = (  # what nothing uses and may hold images
+    *("labels.sqlite.damaged-*", ".labels.sqlite.new*", "regimes/*-images.*.damaged-*"),
+    *("regimes/.*-images.*.tmp", "regimes.damaged-*/*-images.*"),
+)
 
 
 class Retention:
@@ -28,8 +32,8 @@ class Retention:
         Raises:
             UnavailableError: the disk refuses, or somebody reads a file: ask again.
         """
-        former = sum(erase_labels(path, prediction_ids) for path in self._former("labels.sqlite"))
-        return former + self._labels.delete(prediction_ids)
+        n = self._labels.delete(prediction_ids)
+        return n + self._each_former(lambda path: erase_labels(path, prediction_ids))
 
     def erase_everything(self) -> tuple[int, int]:
         """Delete every label and image: how many labels, and images of regimes, of the bundle that serves.
@@ -54,17 +58,32 @@ class Retention:
         """
         before_us = now_us - round(1e6 * age_s)
         n_labels = self._labels.expire(age_s)
-        n_labels += sum(erase_labels(path, (), before_us) for path in self._former("labels.sqlite"))
-        folders = (self._root, *self._former(""))
-        n_images = sum(expire_images(folder, before_us / 1e6) for folder in folders)
+        n_images = sum(expire_images(folder, before_us / 1e6) for folder in (self._root, *self._former("")))
         for path in self.set_aside():
             if path.stat().st_mtime < before_us / 1e6:
                 path.unlink()
-        return n_labels, n_images
+        return n_labels + self._each_former(lambda path: erase_labels(path, (), before_us)), n_images
+
+    def _each_former(self, erase: Callable[[Path], int]) -> int:
+        """Do it to the labels of every former bundle, also where one of them fails; how many went.
+
+        Raises:
+            UnavailableError: of the last that failed.
+        """
+        n, failure = 0, None
+        for path in self._former("labels.sqlite"):
+            try:
+                n += erase(path)
+            except UnavailableError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return n
 
     def set_aside(self) -> list[Path]:
-        """Damaged files that may hold images."""
-        return [path for pattern in SET_ASIDE for path in self._root.glob(pattern)]
+        """Damaged files, and what a crash left, that may hold images."""
+        folders = (self._root, *self._former(""))
+        return [path for folder in folders for pattern in SET_ASIDE for path in folder.glob(pattern)]
 
     def _former(self, pattern: str) -> Iterator[Path]:
         for folder in list((self._root / FORMER).glob("*")):

@@ -126,6 +126,11 @@ class Servers:
         )
 
     @property
+    def settled(self) -> bool:
+        """Whether none of them is just starting."""
+        return all(link.process.ready or not link.process.alive for link in self.links)
+
+    @property
     def swapping(self) -> bool:
         """Whether a swap is under way."""
         return any(link.swapping for link in self.links)
@@ -237,7 +242,12 @@ class Servers:
 
         return argv
 
-    def start_or_adopt(self, wanted: Callable[[], bool], standby: Standby | None = None) -> None:
+    def start_or_adopt(
+        self,
+        wanted: Callable[[], bool],
+        standby: Standby | None = None,
+        former: Mapping[int, int] | None = None,
+    ) -> None:
         """Take over servers that outlived another daemon if they are those we would start; else start them.
 
         One that serves something else at an endpoint of ours goes on until its successor is warm, and for good if
@@ -246,6 +256,7 @@ class Servers:
         Args:
             wanted: false once the daemon is to stop.
             standby: servers of ours that are warm already.
+            former: processes of the servers before those, by number.
 
         Raises:
             ConfigError: one did not start; the message says why. Where others are adopted they go on, and it is
@@ -264,15 +275,18 @@ class Servers:
         self._retire([*homeless, *strangers], wanted)
         for stranger in strangers:
             stranger.close()
+        for link in ours:
+            link.process.adopt(link.hello["pid"])
         if standby is None:
             standby = self._stand_by(before, wanted)
+        warm = standby.numbers
         for number, link in enumerate(self.links):
-            if link in ours:
-                link.process.adopt(link.hello["pid"])
-            elif number in standby.numbers:
+            if number in warm:
                 link.hello = {}
-                link.process.adopt(standby.succeed(number, before.get(number, 0)), ready=False)
-            else:
+                last = (former or {}).get(number, 0)  # it may hang, and hold the endpoint all the same
+                pid = before.get(number) or (last if last and is_alive(last) else 0)
+                link.process.adopt(standby.succeed(number, pid), ready=False)
+            elif link not in ours:
                 link.process.start()
         self._await_hello(self.links, START_S, wanted)
         standby.close()
@@ -280,10 +294,11 @@ class Servers:
             if link.process.ready:
                 continue
             reason = self._run_folder / f"{server_name(number)}.error"
-            why = reason.read_text() if reason.exists() else f"exit status {link.process.exit_status}"
+            told = standby.reason(number) if number in warm else reason.read_text() if reason.exists() else ""
+            why = told or f"exit status {link.process.exit_status}"
             if not ours:
                 for each in self.links:
-                    each.process.stop(1.0)
+                    each.process.stop(self._config.server.drain_s)
                 raise ConfigError(f"the server did not start: {why}")
             self._log.error("server_failed", name=link.process.name, error=why)
 
@@ -294,6 +309,8 @@ class Servers:
             ConfigError: one does not start; those before serve on.
         """
         standby = Standby(self._run_folder, {number: self._options(number) for number in before}, self._log)
+        if not before:
+            return standby
         try:
             while not standby.look() and wanted():
                 time.sleep(POLL_S)

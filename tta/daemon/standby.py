@@ -36,8 +36,12 @@ class Standby:
         self._began, self._asked = time.monotonic(), 0.0
         self._processes: dict[int, Process] = {}
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
-        for number, each in options.items():
-            self._start(number, each)
+        try:
+            for number, each in options.items():
+                self._start(number, each)
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self, number: int, options: ServerOptions) -> None:
         address = self._run_folder / f"standby{number}.ipc"
@@ -53,6 +57,7 @@ class Standby:
         self._processes[number], self._sockets[number] = process, socket
 
     def _file(self, number: int) -> Path:
+        """Its options; beside them the reason if it does not start."""
         return self._run_folder / f"standby{number}.json"
 
     @property
@@ -71,8 +76,7 @@ class Standby:
         self._asked = now if ask else self._asked
         for number, process in self._processes.items():
             if not process.alive:
-                reason = self._file(number).with_suffix(".error")
-                why = reason.read_text() if reason.exists() else f"exit status {process.exit_status}"
+                why = self.reason(number) or f"exit status {process.exit_status}"
                 raise ConfigError(f"the server did not start: {why}")
             socket = self._sockets[number]
             if ask and number not in self._warm:
@@ -83,6 +87,11 @@ class Standby:
         if len(self._warm) < len(self._processes) and now - self._began > START_S:
             raise ConfigError(f"the server did not start: no sign of it in {START_S:.0f} s")
         return len(self._warm) == len(self._processes)
+
+    def reason(self, number: int) -> str:
+        """Why a server did not start, as far as it has said."""
+        file = self._file(number).with_suffix(".error")
+        return file.read_text() if file.exists() else ""
 
     def succeed(self, number: int, pid: int) -> int:
         """Have a warm server take the place of the one before, and outlive us from then on; its process id.

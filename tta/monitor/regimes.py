@@ -76,10 +76,15 @@ class Fingerprint:
         """
         way = self.whitening @ (other.mean - self.mean)
         gone = self.whitening @ (window.mean(axis=0) - self.mean)
-        length = float(way @ way)
-        along = float(gone @ way)  # 0 here, `length` there
+        # Both means are estimates: their own errors lengthen the way, and lie along it.
+        here, there = (len(way) * WINDOW * inflation / n for n in (self.n_samples, other.n_samples))
+        squared = float(way @ way)
+        length = squared - here - there
+        if length <= 0:
+            return False  # nothing is known to tell them apart
+        along = float(gone @ way) - here  # 0 here, `length` there
         chance = WINDOW * (1 / len(window) + 1 / self.n_samples) * inflation
-        return along > length / 2 and along > SURE * float(np.sqrt(chance * length))
+        return along > length / 2 and along > SURE * float(np.sqrt(chance * squared))
 
     def without_outliers(self, window: Array, n: int) -> Array:
         """A window (m, D) of residuals without the n samples that are farthest away: (m - n, D)."""

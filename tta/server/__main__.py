@@ -84,6 +84,7 @@ class Server:
         self.doorkeeper = self._doorkeeper()
         if options.standby:
             self._stand_by()
+            self.inferred = time.monotonic()  # it was not asked to meanwhile
         self.frontend = Frontend(
             self.context,
             options,
