@@ -16,7 +16,7 @@ from tests.waiting import until
 from tta.bundle import Bundle
 from tta.commands import app
 from tta.config import MonitorConfig
-from tta.daemon.library import Library
+from tta.daemon.library import HOME, Library
 from tta.daemon.watch import Finding, Watch
 from tta.errors import InputError
 from tta.monitor.calibration import Calibration
@@ -241,6 +241,15 @@ def feed(watch: Watch, first: int, result: Any, rows: slice, source: int) -> Non
     n = rows.stop - rows.start
     places = range(first, first + n)
     watch.features(places, result.features[rows], result.logits[rows], np.full(n, source))
+
+
+def test_labels_of_the_traffic_before_say_nothing_of_the_present(watch: Watch) -> None:
+    """Errors on samples from before the regime was entered, a day late say, raise no alarm; later ones do."""
+    watch.enter(watch.library.regimes[HOME], 5000)
+
+    assert not any(watch.label(sequence, True, None) for sequence in range(4000, 5000))
+    assert watch.label_statistic == 0
+    assert any(watch.label(sequence, True, None) for sequence in range(5000, 5100))
 
 
 def test_samples_that_come_late_are_left_out(bundle: Bundle, watch: Watch) -> None:

@@ -112,6 +112,7 @@ class Watch:
         self.errors = ErrorDetector(null, 2 * self.config.label_arl)
         self.residuals = ErrorDetector(null, 2 * self.config.label_arl)
         self._error_sequences: deque[int] = deque(maxlen=512)
+        self._judged_from = sequence  # a label that comes late is of the traffic before
         self.look_from(sequence)
 
     def expect(self, regime: Regime) -> None:
@@ -405,7 +406,7 @@ class Watch:
         return Loss(accuracy, self.confidence_model.accuracy - accuracy, error)
 
     def label(self, sequence: int, error: bool, confidence: float | None) -> bool:
-        """Take one labelled outcome of the serving version.
+        """Take one labelled outcome of the serving version; one of before the last `enter` says nothing of now.
 
         Args:
             sequence: place of the sample in the stream.
@@ -415,6 +416,8 @@ class Watch:
         Returns:
             Whether a test on labels alarms.
         """
+        if sequence < self._judged_from:
+            return False
         self._error_sequences.append(sequence)
         self.errors.update(error)
         # What errors the confidence admits was learned at home: elsewhere it may be surer than right.
