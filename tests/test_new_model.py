@@ -336,6 +336,22 @@ def test_a_daemon_killed_during_a_deployment_leaves_the_old_server_alone(
     assert status(daemon)["processes"]["server"]["pid"] == old
 
 
+def test_a_server_that_hangs_is_succeeded_too(
+    start_daemon: Callable[..., DaemonProcess], bundle: Bundle, retrained: Bundle
+) -> None:
+    """The old server is stopped by SIGSTOP and answers nothing: it is killed for its endpoint; the new serves."""
+    daemon = start_daemon(**anywhere(bundle), **{"server.drain_s": 1.0})
+    old = server_of(daemon)
+    os.kill(old, signal.SIGSTOP)
+
+    deployed = tta(daemon, "deploy", retrained.path)
+
+    assert deployed.returncode == 0, deployed.stderr
+    assert not is_alive(old)
+    with daemon.client() as client:
+        assert client.metadata()["name"] == "retrained"
+
+
 def test_several_servers_are_succeeded_together(
     start_daemon: Callable[..., DaemonProcess], bundle: Bundle, retrained: Bundle
 ) -> None:
