@@ -36,15 +36,14 @@ import msgspec
 import numpy as np
 import zmq
 
-from bench.cifar import CACHE
+from bench.digits import digits_bundle
 from bench.fuzz import TARGETS, kept
 from bench.proxy import Proxy
 from bench.stamp import stamp
 from tta.bundle import load_bundle
 from tta.client import Client, Prediction
 from tta.errors import TTAError
-from tta.packaging import Recipe, package
-from tta.packaging.digits import IMAGE_SHAPE, KWARGS, SOURCE, corrupt, digits, train
+from tta.packaging.digits import corrupt, digits
 from tta.scenario import DaemonProcess
 from tta.server.predictor import Predictor
 from tta.versions import VersionManifest
@@ -510,17 +509,6 @@ def run(n: int, seed: int, only: list[str] | None) -> Json:
             bench.keep_log()
             if bench.has_disk:
                 subprocess.run(["umount", str(bench.disk)], check=False)
-
-
-def digits_bundle() -> Path:
-    """A small ResNet trained on warped digits, made at the first call."""
-    path = CACHE / "digits.tta"
-    if not path.exists():
-        CACHE.mkdir(exist_ok=True)
-        x, y = digits("reference", 2400, seed=1)
-        recipe = Recipe("digits", SOURCE, IMAGE_SHAPE, KWARGS)
-        package(train(5, 0, lambda step, steps: None), recipe, x, y, [str(i) for i in range(10)], path)
-    return path
 
 
 def mounted(folder: Path) -> bool:

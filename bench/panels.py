@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from bench.faults import digits_bundle
+from bench.digits import digits_bundle
 from tta.packaging.digits import corrupt, digits
 from tta.scenario import DaemonProcess, Phase, Scenario, free_ports
 

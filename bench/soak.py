@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.faults import digits_bundle
+from bench.digits import digits_bundle
 from bench.stamp import stamp
 from tta import protocol
 from tta.client import Client, Prediction

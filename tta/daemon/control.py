@@ -16,6 +16,7 @@ from tta.bundle import Manifest
 from tta.config import Config
 from tta.daemon.asking import rank
 from tta.daemon.cycle import State
+from tta.daemon.exchange import Answer, Fail
 from tta.daemon.hand import Hand
 from tta.daemon.labellers import Disagreement, disagreeing
 from tta.daemon.labels import LabelBuffer, Labelled
@@ -64,7 +65,7 @@ class Control:
     servers: Servers
     processes: tuple[Process, ...]
     ready: Callable[[], bool]
-    deploy: Callable[[Path, bool, Callable[[Reply], None], Callable[[BaseException], None]], None]
+    deploy: Callable[[Path, bool, Answer, Fail], None]
     log: Logger
     clients: Clients | None = None  # None: nobody is asked for a key
     mode_reason: str = ""  # why the mode is not the configured one
@@ -296,8 +297,8 @@ class Control:
     def _serve(
         self,
         request: protocol.Rollback | protocol.Reset,
-        answer: Callable[[Reply], None],
-        fail: Callable[[BaseException], None],
+        answer: Answer,
+        fail: Fail,
     ) -> None:
         treatment = self.treatment
         if isinstance(request, protocol.Reset):

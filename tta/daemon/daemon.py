@@ -92,15 +92,14 @@ class Daemon:
         bundle: Path | None = None,
         discard: str = "",
     ) -> None:
-        self._discard = discard
         self.given = config
         self.config = config if bundle is None else config.model_copy(update={"bundle": bundle})
         self.log = log
         self.deploy = deploy or bundle is not None
-        self.signalled: list[int] = (
-            [] if former is None else former.signalled
-        )  # one that comes between them counts
+        # Shared with the one before: a signal that comes between the two counts.
+        self.signalled: list[int] = [] if former is None else former.signalled
         self._former = former
+        self._discard = discard
         self._ticked = time.monotonic()
         self._since = self._ticked
         self._measure_again = 0.0  # monotonic seconds at which a failed calibration is tried again

@@ -137,6 +137,8 @@ class Deployment:
             OSError: the disk refuses, or the bundle has changed meanwhile.
         """
         copy = self._copy_of(sha256)
+        if bundle == copy:  # which has just been read
+            return copy
         try:
             load_bundle(copy, sha256)
             if signatures_of(copy) == signatures_of(bundle):

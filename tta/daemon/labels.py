@@ -59,12 +59,12 @@ COLUMNS = (
     *("client", "contested", "stored_us"),
 )
 IMAGE = COLUMNS.index("x")
-ABSENT = {
+ABSENT = {  # what older files mean without them
     "feedback": "label IS NULL",
     "client": "''",
     "contested": "''",
     "stored_us": "0",
-}  # what older files mean without them
+}
 LEAST = {"label": 0, "predicted": -1}
 INSERT = f"INSERT OR REPLACE INTO labels ({', '.join(COLUMNS)}) VALUES ({','.join('?' * len(COLUMNS))})"
 BUSY_MS = 1000  # that the daemon's loop waits for whoever reads the file

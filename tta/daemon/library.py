@@ -73,7 +73,7 @@ def expire_images(root: Path, before_s: float) -> int:
             if keep.all():
                 continue
             images = read_arrays(path)["x"]
-        except (DamagedError, SafetensorError, OSError):  # nobody can use it
+        except (DamagedError, SafetensorError):  # nobody can use it
             path.unlink()
             continue
         n_gone += int((~keep).sum())

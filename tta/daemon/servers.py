@@ -36,6 +36,11 @@ def server_name(number: int) -> str:
     return f"server{number}" if number else "server"
 
 
+def admin_path(run_folder: Path, number: int) -> Path:
+    """Of a server's admin socket."""
+    return run_folder / f"{server_name(number)}.ipc"
+
+
 def server_options(
     config: Config,
     number: int,
@@ -52,7 +57,7 @@ def server_options(
     return ServerOptions(
         bundle=str(config.bundle.resolve()),
         version_folder=str(version_folder.resolve()) if version_folder else None,
-        admin=f"ipc://{run_folder / server_name(number)}.ipc",
+        admin=f"ipc://{admin_path(run_folder, number)}",
         observe=observe,
         number=number,
         device=device_of(config.device, number, n_gpus()),
@@ -112,7 +117,7 @@ class Servers:
 
     def _path(self, number: int) -> Path:
         """Of its admin socket."""
-        return self._run_folder / f"{server_name(number)}.ipc"
+        return admin_path(self._run_folder, number)
 
     # -- as one ---------------------------------------------------------------------------------------------
 
