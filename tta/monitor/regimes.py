@@ -22,10 +22,9 @@ WINDOW = 48  # samples that a fingerprint's threshold is for
 LONG = 128
 LOOKS = (3, 4, 6, 8, 12, 16, 24, 32, WINDOW, LONG)  # newest samples compared with fingerprints, in this order
 LEAD = 0.9  # the next regime must be farther by a factor of 1 + LEAD/√n: 1.5 of 3 samples, 1.13 of 48
-SURE = (
-    6.0  # standard deviations that a window must have left the present regime by, towards the other: at 4 one look
-)
-# in 800 of clean digits leaves home for mirrored ones, which are near, at 6 none of 20,000
+# Standard deviations a window must have left the present regime by, towards the other. By distances alone 15 %
+# of the windows of clean digits leave home for mirrored ones, which are near; so none of 2,000 (bench.neighbours).
+SURE = 6.0
 MATCH_QUANTILE = 0.995  # of a regime's own windows that are recognised as it
 SHRINKAGE = 0.3  # of the scatter's covariance towards its diagonal: it is known from a few hundred samples
 VARIANCE_FLOOR = 0.05  # of whitened units: a frozen channel must not decide alone
