@@ -222,12 +222,13 @@ class Server:
             if dropped:
                 self.frontend.finish(Failed(dropped))
             if batch:
-                start = time.monotonic()
+                start, start_cpu = time.monotonic(), time.thread_time()
                 try:
                     computed = self._predict(batch, observations, sample)
                     self.frontend.finish(computed)
                     self.inferred = time.monotonic()
-                    self.batcher.observe(len(computed.logits), self.inferred - start)
+                    cost_s = None if self.predictor.on_gpu else time.thread_time() - start_cpu
+                    self.batcher.observe(len(computed.logits), self.inferred - start, cost_s)
                 except Exception as error:  # whatever the runtime raises, the clients get an answer
                     self.log.exception("batch_failed", error=str(error))
                     self.frontend.finish(Failed(batch, error))

@@ -7,9 +7,10 @@ its images are computed by one version.
 
 Order is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): every client's images advance its own
 clock, and the request whose clock is furthest behind goes next. One client's requests stay in their order; a
-client that sends ten times its share waits for itself: neither is the batch that another has been waiting for made
-much longer by its images. A full queue refuses whoever holds most of it (longest
-queue drop, Suter et al., INFOCOM 1998), so that nobody is refused for what another has sent.
+client that sends ten times its share waits for itself. Its images do not make the batch that another has been
+waiting for much longer; nor, while another may come at any moment, the one that this other would have to wait for.
+A full queue refuses whoever holds most of it (longest queue drop, Suter et al., INFOCOM 1998), so that nobody is
+refused for what another has sent.
 """
 
 import heapq
@@ -26,9 +27,14 @@ import numpy.typing as npt
 from tta.errors import DeadlineError, OverloadedError
 
 SMOOTHING = 0.1  # weight of the newest batch in the moving average of compute seconds
-FAST_ENOUGH = 0.95  # of the images a second that the fastest batch size computes
+# The same where sizes are compared, of one faster or slower than before: what disturbs a batch only slows it.
+FASTER, SLOWER = 0.5, 0.02
+FAIR = 0.8  # of the images a second at the fastest batch size, where more of one client would make others wait
+ACTIVE_S = 1.0  # after its last request a client may come again at any moment
 STRETCH = 1.5  # times as long a batch may take for being filled up by clients who are ahead of others in it
+BESIDE_S = 2e-4  # that a batch costs beside its computing: waking and being woken, an observation
 REMEASURE_S = 60.0  # after which a batch size is tried again
+TRIES = 5  # then: the first batch of a size costs more than the next
 LEAST_RETRY_S = 0.01
 MAX_FINISHED = 256
 CLOSED_S = 0.005  # between two looks for what the decoder still brings
@@ -81,38 +87,59 @@ class ComputeTime:
         self.max_batch_size = max_batch_size
         self._seconds: dict[int, float] = {}  # by bucket: the size's bit length
         self._each_s: dict[int, float] = {}  # an image
-        self._measured: dict[int, float] = {}  # when, monotonic seconds
-        self._tried: dict[int, float] = {}
+        self._tried: dict[int, deque[float]] = {}  # when, monotonic seconds, the latest ones
 
-    def observe(self, n_images: int, seconds: float, now: float) -> None:
-        """Learn at `now` how long a batch took."""
+    def observe(self, n_images: int, seconds: float, now: float, cost_s: float | None = None) -> None:
+        """Learn at `now` how long a batch took.
+
+        Args:
+            n_images: of the batch.
+            seconds: it took.
+            now: monotonic seconds.
+            cost_s: seconds by which sizes are compared: without what others did meanwhile on the same core. None:
+                this batch is not compared; after a pause a batch costs a third more, and those are small ones.
+        """
         bucket = (n_images - 1).bit_length()
-        stale = now - self._measured.get(bucket, now) >= REMEASURE_S
-        for averages, value in ((self._seconds, seconds), (self._each_s, seconds / n_images)):
-            known = averages.setdefault(bucket, value)
-            averages[bucket] = value if stale else known + SMOOTHING * (value - known)
-        self._measured[bucket] = now
+        known = self._seconds.setdefault(bucket, seconds)
+        self._seconds[bucket] = known + SMOOTHING * (seconds - known)
+        if cost_s is not None:
+            each_s = (cost_s + BESIDE_S) / n_images
+            known = self._each_s.setdefault(bucket, each_s)
+            self._each_s[bucket] = known + (FASTER if each_s < known else SLOWER) * (each_s - known)
+            self._note(bucket, now)
 
-    def batch_size(self, queued: int, now: float) -> int:
-        """Images to compute together while so many are queued: the least that are computed `FAST_ENOUGH`.
+    def batch_size(self, queued: int, now: float, speed: float = 1.0) -> int:
+        """Images to compute together while so many are queued: the least that are computed fast enough.
 
-        A size that was neither measured nor tried for `REMEASURE_S` is next when as many are queued; see `tried`.
+        A size that was not measured or tried `TRIES` times in `REMEASURE_S` is next when as many are queued; see
+        `tried`.
+
+        Args:
+            queued: images.
+            now: monotonic seconds.
+            speed: images a second, as a share of those at the fastest size.
         """
         largest = (self.max_batch_size - 1).bit_length()
         if largest not in self._each_s:
             return self.max_batch_size
         for bucket in range(largest + 1):
             size = min(1 << bucket, self.max_batch_size)
-            last = max(self._measured.get(bucket, -REMEASURE_S), self._tried.get(bucket, -REMEASURE_S))
-            if queued >= size and now - last >= REMEASURE_S:
+            if queued >= size and self._is_stale(bucket, now):
                 return size
         fastest_s = min(self._each_s.values())
-        enough = min(b for b, each_s in self._each_s.items() if each_s * FAST_ENOUGH <= fastest_s)
+        enough = min(b for b, each_s in self._each_s.items() if each_s * speed <= fastest_s)
         return min(1 << enough, self.max_batch_size)
 
     def tried(self, size: int, now: float) -> None:
         """A batch of at most `size` was made; requests of several images may have kept it from being so large."""
-        self._tried[(size - 1).bit_length()] = now
+        self._note((size - 1).bit_length(), now)
+
+    def _note(self, bucket: int, now: float) -> None:
+        self._tried.setdefault(bucket, deque(maxlen=TRIES)).append(now)
+
+    def _is_stale(self, bucket: int, now: float) -> bool:
+        tried = self._tried.get(bucket)
+        return tried is None or len(tried) < TRIES or now - tried[0] >= REMEASURE_S
 
     def of(self, n_images: int) -> float:
         """Expected seconds for so many images in full batches and a rest; 0 while nothing is known."""
@@ -158,6 +185,9 @@ class Batcher:
         self._room = capacity  # images queued at most, by number and by time
         self.compute_time = ComputeTime(max_batch_size)
         self._clients: dict[bytes, _Client] = {}  # those with something queued
+        self._active: dict[bytes, float] = {}  # when each client last sent, monotonic seconds, the latest last
+        self.absent = False  # one of them has nothing queued
+        self._busy = True  # the batch now computed followed another at once
         self._heap: list[tuple[int, int, Pending]] = []  # evicted ones stay until their turn
         self._clock = 0  # of the request taken last
         self._finished: dict[bytes, int] = {}  # clocks of clients with nothing queued that are ahead of it
@@ -183,7 +213,7 @@ class Batcher:
             client = self._clients.get(request.identity) or _Client()
             if request.expires != float("inf"):
                 self._check_deadline(request, client)
-            evicted = self._make_room(n, client)
+            evicted = self._make_room(n, client) if self.images + n > self._room else []
             if not client.queue:  # nobody gains by having been silent, nor by having just been served
                 client.clock = max(self._clock, self._finished.pop(request.identity, 0))
             heapq.heappush(self._heap, (client.clock, self._count, request))
@@ -192,6 +222,8 @@ class Batcher:
             client.queue.append(request)
             client.images += n
             self._clients[request.identity] = client
+            self._active.pop(request.identity, None)
+            self._active[request.identity] = request.received
             self.images += n
             if 0 < self._wanted <= self.images:  # a wake-up for every request would cost more than the request
                 self._wanted = 0
@@ -266,10 +298,17 @@ class Batcher:
         """Images that a client may have queued, if all that have something queued share alike."""
         return max(1, self._room // max(1, len(self._clients)))
 
-    def observe(self, n_images: int, seconds: float) -> None:
-        """Inference thread: learn how long a batch took, and so how many images there is time for."""
+    def observe(self, n_images: int, seconds: float, cost_s: float | None = None) -> None:
+        """Inference thread: learn how long a batch took, and so how many images there is time for.
+
+        Args:
+            n_images: of the batch.
+            seconds: it took.
+            cost_s: of them, those not spent on anything else; None: all.
+        """
         with self._lock:
-            self.compute_time.observe(n_images, seconds, time.monotonic())
+            cost_s = seconds if cost_s is None else cost_s
+            self.compute_time.observe(n_images, seconds, time.monotonic(), cost_s if self._busy else None)
             each_s = self.compute_time.of(self.max_batch_size) / self.max_batch_size
             self._room = max(1, min(self.capacity, int(self.capacity_s / each_s))) if each_s else self.capacity
 
@@ -291,7 +330,8 @@ class Batcher:
             time-out or close.
         """
         with self._lock:
-            if not self._clients:
+            self._busy = bool(self._clients)
+            if not self._busy:
                 self._busy_until = 0.0
                 self._finished.clear()
                 self._wait_for(1, min(timeout_s, CLOSED_S) if self._closed else timeout_s)
@@ -300,7 +340,10 @@ class Batcher:
             batch: list[Pending] = []
             dropped: list[Pending] = []
             size, now = 0, time.monotonic()
-            full = self.compute_time.batch_size(self.images, now)
+            full = fair = self.compute_time.batch_size(self.images, now)
+            self._see_who_is_absent(now)
+            if self.absent:
+                fair = min(full, self.compute_time.batch_size(self.images, now, FAIR))
             served: set[bytes] = set()  # clients in the batch
             longest_s = float("inf")  # the batch may take, once someone in it has no more to send
             while self._heap:
@@ -308,7 +351,10 @@ class Batcher:
                 n = len(request.x)
                 if not request.evicted:
                     ahead = request.identity in served
-                    if batch and (size + n > full or (ahead and self.compute_time.of(size + n) > longest_s)):
+                    if batch and (
+                        size + n > (fair if ahead else full)
+                        or (ahead and longest_s < float("inf") and self.compute_time.of(size + n) > longest_s)
+                    ):
                         break
                     self._clock = clock
                     self._clients[request.identity].queue.popleft()  # a client's requests are taken in order
@@ -326,6 +372,12 @@ class Batcher:
                 self.compute_time.tried(full, now)
             self._busy_until = now + self.compute_time.of(size)
             return batch, dropped
+
+    def _see_who_is_absent(self, now: float) -> None:
+        """Tell whether a client that has sent something lately has nothing queued."""
+        while self._active and now - self._active[oldest := next(iter(self._active))] > ACTIVE_S:
+            del self._active[oldest]
+        self.absent = len(self._active) > len(self._clients)
 
     def _fill(self) -> None:
         """Give a batch that is not full up to `max_wait_s` from its first request's arrival."""
