@@ -24,6 +24,7 @@ MAY_OPEN_SOCKETS = {
     "scenario/process.py",
     "server/__main__.py",
     "server/frontend.py",
+    "server/outbox.py",
     "shadow/__main__.py",
     "adapter/worker.py",
 }

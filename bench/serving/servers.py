@@ -59,6 +59,11 @@ PEERS = {
         ("bentoml==1.4.40", *ORT), ("-m", "bentoml", "serve", "bentoml_server:Classify"), "/predict", raw=False
     ),
     "Ray Serve": Peer(("ray[serve]==2.60.0", *ORT), ("ray_server.py",), "/"),
+    "TorchServe": Peer(
+        ("torchserve==0.12.0", "torch", "psutil", "pyyaml", "setuptools<81", *ORT),
+        ("torchserve_server.py",),
+        "/predictions/model",
+    ),
     "PyTriton": Peer(("nvidia-pytriton==0.7.0", *ORT), ("pytriton_server.py",), "/v2/models/model/infer"),
 }
 
@@ -165,6 +170,7 @@ def _start_peer(name: str, model: str, n_images: int, core: int | None, folder: 
         "SERVING_MAX_BATCH": str(max(1, MAX_BATCH_IMAGES // n_images)),
         "SERVING_MAX_WAIT_S": str(MAX_WAIT_S),
         "SERVING_PORT": str(port),
+        "SERVING_FOLDER": str(folder),
     }
     argv = [str(python), *peer.argv]
     if name == "BentoML":

@@ -31,9 +31,11 @@ from tta.bundle import load_bundle
 from tta.errors import TTAError, UnavailableError
 from tta.process import allow_files, die_with, is_alive, outlive_parent
 from tta.server.batcher import Batcher, Pending
-from tta.server.frontend import Computed, Failed, Frontend, Statistics, send
+from tta.server.frontend import Computed, Failed, Frontend
 from tta.server.options import Observation, ServerOptions
+from tta.server.outbox import send
 from tta.server.predictor import Predictor, resolve_precision
+from tta.server.statistics import Statistics
 from tta.signatures import Trust
 
 OBSERVATION_BYTES = 256 << 20  # memory of batches queued for the daemon

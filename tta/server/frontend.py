@@ -7,10 +7,9 @@ answers to the daemon from the builder thread; a byte in a pipe wakes the poll.
 
 import os
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from select import select
 from typing import Any
 
@@ -35,25 +34,21 @@ from tta.errors import (
 )
 from tta.server.batcher import Batcher, Pending
 from tta.server.decoder import Decoder
-from tta.server.options import BATCH_BUCKETS, DURATION_BUCKETS_S, Counters, ServerOptions
+from tta.server.options import ServerOptions
+from tta.server.outbox import RETRY_MS, Outbox
 from tta.server.repeats import Repeats
+from tta.server.statistics import Statistics, count
 
 BIND_S = 3.0  # that an endpoint may be held after its process has gone
 POLL_MS = 100  # how late a signal is noticed
-LATE_MS = 10  # between two attempts to send replies that were not taken
-LATE_BYTES = 4 << 20  # of such replies of a client; then its oldest are dropped
-ALL_LATE_BYTES = 64 << 20  # of all; then the oldest of who has most
-LATE_CLIENTS = 64  # that are tried at a time
 FILE_BYTES = 64 << 20  # of a client's files that wait to be decoded, unless it has one request only
 ALL_FILE_BYTES = 512 << 20  # of everybody's
-REPLY_BYTES = 250  # of a reply beside its frames' content
 FILES_RETRY_S = 0.1
 MAX_NAMES = 4096  # of classes in one answer: they are made where all answers are sent
 BACKLOG_S = 0.002  # between two readings while a batch or more is queued anyway
-# pyzmq's send_multipart costs 11 us for three frames, these 2; receiving 7 and 5 (measured).
-_SEND, _RECEIVE, _GET = zmq.backend.Socket.send, zmq.backend.Socket.recv, zmq.backend.Socket.get
+# pyzmq's recv_multipart costs 7 us for three frames, these 5 (measured).
+_RECEIVE, _GET = zmq.backend.Socket.recv, zmq.backend.Socket.get
 _NOBLOCK = int(zmq.NOBLOCK)
-_MORE = int(zmq.SNDMORE) | _NOBLOCK
 _POLLIN = int(zmq.POLLIN)
 MANY = 4  # images queued, beyond which more requests are likely to wait in the socket
 BURST = 256  # messages taken from one socket before the others get a turn
@@ -86,75 +81,6 @@ class Failed:
 
     requests: Sequence[Pending]
     error: BaseException | None = None
-
-
-@dataclass
-class _Late:
-    """Replies that a client's socket has not taken, the oldest first."""
-
-    replies: deque[list[bytes]] = field(default_factory=deque)
-    n_bytes: int = 0
-
-
-class Histogram:
-    """Counts by bucket and their sum, for one thread to add to."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-
-class Statistics:
-    """The server's counters, each written by one thread only.
-
-    The frontend counts requests: what it refuses (`rejected`, by code), answers (`requests`, by code) and cannot
-    deliver. The inference thread counts images, batches and observations, and ships the totals.
-    """
-
-    def __init__(self, epoch: int, number: int = 0) -> None:
-        self.epoch = epoch
-        self.number = number
-        self.requests: dict[str, int] = {}
-        self.rejected: dict[str, int] = {}
-        self.undeliverable = 0
-        self.repeated = 0
-        self.images = 0
-        self.batches = 0
-        self.observations_dropped = 0
-        self.request_s = Histogram(DURATION_BUCKETS_S)
-        self.queue_s = Histogram(DURATION_BUCKETS_S)
-        self.compute_s = Histogram(DURATION_BUCKETS_S)
-        self.batch_size = Histogram(BATCH_BUCKETS)
-
-    def snapshot(self, queue_images: int) -> Counters:
-        """The totals to ship."""
-        return Counters(
-            number=self.number,
-            epoch=self.epoch,
-            requests=dict(self.requests),
-            rejected=dict(self.rejected),
-            undeliverable=self.undeliverable,
-            repeated=self.repeated,
-            images=self.images,
-            batches=self.batches,
-            observations_dropped=self.observations_dropped,
-            queue_images=queue_images,
-            histograms={
-                name: (list(h.counts), h.sum)
-                for name, h in (
-                    ("request_duration_seconds", self.request_s),
-                    ("queue_duration_seconds", self.queue_s),
-                    ("compute_duration_seconds", self.compute_s),
-                    ("batch_size", self.batch_size),
-                )
-            },
-        )
 
 
 def _bind(socket: "zmq.Socket[bytes]", endpoint: str, wait_s: float) -> None:
@@ -205,10 +131,8 @@ class Frontend:
         self._admin_socket = context.socket(zmq.ROUTER)
         self._admin_socket.setsockopt(zmq.LINGER, 1000)
         self._admin_socket.bind(options.admin)
+        self._outbox = Outbox(self._data, statistics)
         self._repeats = Repeats()
-        self._late: dict[bytes, _Late] = {}  # by client
-        self._late_bytes = 0
-        self._late_at = 0.0  # monotonic seconds, when they are tried again
         self._finished: deque[Computed | Failed] = deque()  # from the inference thread
         self._admin_replies: deque[list[bytes]] = deque()  # from the builder thread
         self._decoded: deque[tuple[Pending, BaseException | None]] = deque()  # from the decoder thread
@@ -235,9 +159,9 @@ class Frontend:
             # Nobody is served sooner by being read at once, and waking for every message takes twice the time of
             # reading them together: time of the model's, where cores are few.
             select((self._wake,), (), (), BACKLOG_S)
-        ready = dict(self._poller.poll(LATE_MS if self._late else POLL_MS))
-        if self._late and time.monotonic() >= self._late_at:
-            self._send_late()
+        ready = dict(self._poller.poll(RETRY_MS if self._outbox.waiting else POLL_MS))
+        if self._outbox.waiting:
+            self._outbox.retry()
         if self._doorkeeper is not None:
             for _ in range(self._doorkeeper.attend()):
                 count(self.statistics.rejected, Code.UNAUTHENTICATED)
@@ -265,7 +189,7 @@ class Frontend:
     def close(self) -> None:
         """Send what is queued (up to a second) and close."""
         self._deliver()
-        self._send_late()
+        self._outbox.retry(at_once=True)
         for socket in (self._data, self._admin_socket):
             socket.close()
         if self._doorkeeper is not None:
@@ -328,7 +252,7 @@ class Frontend:
             count(self.statistics.rejected, Code.INTERNAL)
             self._log.exception("request_failed", error=str(error))
             reply = protocol.error_reply(protocol.request_id(body), error)
-        self._send([identity, *protocol.encode(reply)])
+        self._outbox.send([identity, *protocol.encode(reply)])
 
     def _admit(self, identity: bytes, request: protocol.Predict, frames: list[protocol.Buffer], key: str) -> None:
         client = request.client or ""
@@ -435,7 +359,7 @@ class Frontend:
             return True
         answer = self._repeats.answer(client, request_id)
         if answer is not None:
-            self._send([identity, *answer])
+            self._outbox.send([identity, *answer])
         return answer is not None
 
     def _deliver(self) -> None:
@@ -477,7 +401,7 @@ class Frontend:
             if not request.top_k:
                 frames.append(tensor[row * row_bytes : (row + n) * row_bytes])
             self._repeats.answered(request, frames)
-            self._send([request.reply_to, *frames])
+            self._outbox.send([request.reply_to, *frames])
             row += n
             self.statistics.queue_s.observe(batch.started - request.received)
             self.statistics.request_s.observe(time.monotonic() - request.received)
@@ -487,7 +411,7 @@ class Frontend:
 
     def _refuse(self, request: Pending, error: BaseException) -> None:
         self._repeats.refused(request)
-        self._send([request.reply_to, *protocol.encode(protocol.error_reply(request.request_id, error))])
+        self._outbox.send([request.reply_to, *protocol.encode(protocol.error_reply(request.request_id, error))])
 
     def _answer(self, identity: bytes, request: protocol.DataRequest) -> dict[str, Any]:
         reply: dict[str, Any] = {"v": protocol.PROTOCOL_VERSION, "id": request.id, "code": 0}
@@ -526,56 +450,6 @@ class Frontend:
         command["identity"] = identity
         self._admin(command, respond)
 
-    def _send(self, frames: list[bytes]) -> None:
-        """Send a reply; what the client's full socket does not take now waits until it does, within bounds."""
-        late = self._late.get(frames[0]) if self._late else None
-        if late is None:
-            try:
-                send(self._data, frames)
-                return
-            except zmq.Again:
-                late = self._late[frames[0]] = _Late()
-            except zmq.ZMQError:  # EHOSTUNREACH: the client is gone
-                self.statistics.undeliverable += 1
-                return
-        late.replies.append(frames)
-        late.n_bytes += _cost(frames)
-        self._late_bytes += _cost(frames)
-        while late.n_bytes > LATE_BYTES:
-            self._drop_late(late)
-        while self._late_bytes > ALL_LATE_BYTES:
-            self._drop_late(max(self._late.values(), key=lambda each: each.n_bytes))
-
-    def _drop_late(self, late: "_Late") -> None:
-        """Give up the oldest of a client's replies."""
-        self._take_late(late)
-        self.statistics.undeliverable += 1
-
-    def _take_late(self, late: "_Late") -> None:
-        cost = _cost(late.replies.popleft())
-        late.n_bytes -= cost
-        self._late_bytes -= cost
-
-    def _send_late(self) -> None:
-        """Send what clients did not take before: to some of them, to each until it takes no more."""
-        for identity in list(self._late)[:LATE_CLIENTS]:
-            late = self._late.pop(identity)  # and to the end of the line, if something is left
-            while late.replies:
-                try:
-                    send(self._data, late.replies[0])
-                    self._take_late(late)
-                except zmq.Again:
-                    self._late[identity] = late
-                    break
-                except zmq.ZMQError:  # gone
-                    self._drop_late(late)
-        self._late_at = time.monotonic() + LATE_MS / 1000
-
-
-def _cost(frames: list[bytes]) -> int:
-    """Bytes of memory that a reply holds."""
-    return sum(map(len, frames)) + REPLY_BYTES
-
 
 def top_classes(logits: npt.NDArray[np.float32], k: int, classes: Sequence[str]) -> list[list[dict[str, Any]]]:
     """The k likeliest classes of each row, the likeliest first.
@@ -595,23 +469,6 @@ def top_classes(logits: npt.NDArray[np.float32], k: int, classes: Sequence[str])
         [{"class": int(i), "name": classes[i], "probability": round(float(row[i]), 6)} for i in best]
         for row, best in zip(shares, order, strict=True)
     ]
-
-
-def count(totals: dict[str, int], code: Code, n: int = 1) -> None:
-    """So many more of a code."""
-    name = code.name.lower()
-    totals[name] = totals.get(name, 0) + n
-
-
-def send(socket: "zmq.Socket[bytes]", frames: Sequence[bytes]) -> None:
-    """Send a message without waiting.
-
-    Raises:
-        ZMQError: it cannot be sent now (EAGAIN), or to nobody (EHOSTUNREACH).
-    """
-    for frame in frames[:-1]:
-        _SEND(socket, frame, _MORE)
-    _SEND(socket, frames[-1], _NOBLOCK)
 
 
 def drain(socket: "zmq.Socket[bytes]") -> list[list[bytes]]:
