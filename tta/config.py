@@ -53,7 +53,12 @@ class ServerConfig(Section):
     threads: int = Field(1, ge=1, le=256, description="threads of one inference")
     decode_threads: int = Field(1, ge=1, le=64, description="JPEG and PNG files decoded at a time")
     max_batch_size: int = Field(32, ge=1, le=4096, description="images computed together at most")
-    max_wait_s: float = Field(0.001, ge=0, le=1, description="seconds a batch waits to fill")
+    max_wait_s: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="seconds a batch waits to fill, beyond what has gathered while the model was busy",
+    )
     queue_images: int = Field(
         1024, ge=1, description="images queued; beyond, clients get one request, up to twice"
     )

@@ -29,7 +29,7 @@ from tta.server.options import ServerOptions
 HERE = Path(__file__).parent
 START_S = 180.0
 MAX_BATCH_IMAGES = 32
-MAX_WAIT_S = 0.001
+MAX_WAIT_S = 0.001  # of the peers; tta does not wait
 
 Batches = Sequence[npt.NDArray[np.uint8]]
 
@@ -136,7 +136,6 @@ def _start_tta(name: str, model: str, n_images: int, core: int | None, folder: P
         endpoint=endpoint,
         threads=1,
         max_batch_size=MAX_BATCH_IMAGES,
-        max_wait_s=MAX_WAIT_S,
         input_sample_rate=0.0,
         drain_s=1.0,
     )

@@ -353,7 +353,7 @@ class Server:
             live = (self.predictor.current, self.predictor.previous)
             session = next((s for s in live if s is not None and s.version == command["version"]), None)
             if session is None:
-                self.predictor.release()  # two versions live at a time, not three
+                self.predictor.previous = None  # two versions live at a time, not three
                 folder = command.get("folder")
                 session = self.predictor.prepare(Path(folder) if folder else None)
             reply["prepare_s"] = time.monotonic() - start

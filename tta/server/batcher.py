@@ -1,9 +1,10 @@
 """Admitted requests, waiting to become batches: bounded, fair between clients, deadline-aware.
 
 The frontend puts, the inference thread takes. A batch starts at once when the model was idle; while it is
-busy, requests gather, and a batch that is not full then waits `max_wait_s`. It is full when a larger one would not
-be computed faster, image for image: more would only make all of them wait for the last. A request is never split:
-its images are computed by one version.
+busy, requests gather, and a batch that is not full then waits `max_wait_s` (by default not at all: at half load
+one request in twenty paid a millisecond for it). It is full when a larger one would not be computed faster, image
+for image: more would only make all of them wait for the last. A request is never split: one version computes its
+images.
 
 Order is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): every client's images advance its own
 clock, and the request whose clock is furthest behind goes next. One client's requests stay in their order; a
