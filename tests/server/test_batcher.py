@@ -232,6 +232,18 @@ def test_a_size_long_not_measured_is_tried_again() -> None:
     assert known.batch_size(8, 64.0) == 8  # one slow batch among others was disturbed
 
 
+def test_sizes_are_not_tried_at_the_cost_of_others() -> None:
+    """Where less than the fastest size will do, no larger one is tried than what will do."""
+    known = ComputeTime(16)
+    known.observe(16, 12.0, 0.0, 12.0)
+    for n, each in {1: 1.0, 2: 1.7}.items():
+        for _ in range(TRIES):
+            known.observe(n, each, 0.0, each)
+
+    assert known.batch_size(100, 1.0) == 4  # not tried yet
+    assert known.batch_size(100, 1.0, 0.8) == 2
+
+
 def test_a_batch_after_a_pause_is_not_compared() -> None:
     """Single images that follow pauses, and take longer for it, do not make larger batches look faster."""
     batcher = Batcher(8, 0.0, 100, 1e6)

@@ -109,27 +109,32 @@ class ComputeTime:
             self._each_s[bucket] = known + (FASTER if each_s < known else SLOWER) * (each_s - known)
             self._note(bucket, now)
 
-    def batch_size(self, queued: int, now: float, speed: float = 1.0) -> int:
-        """Images to compute together while so many are queued: the least that are computed fast enough.
+    def fast_enough(self, speed: float = 1.0) -> int:
+        """The least images to compute together for this share of the fastest size's images a second."""
+        if (self.max_batch_size - 1).bit_length() not in self._each_s:
+            return self.max_batch_size
+        fastest_s = min(self._each_s.values())
+        return min(1 << min(b for b, s in self._each_s.items() if s * speed <= fastest_s), self.max_batch_size)
 
-        A size that was not measured or tried `TRIES` times in `REMEASURE_S` is next when as many are queued; see
-        `tried`.
+    def batch_size(self, queued: int, now: float, speed: float = 1.0) -> int:
+        """Images to compute together while so many are queued: `fast_enough`, or a size to try.
+
+        Tried is what was not measured or tried `TRIES` times in `REMEASURE_S`, when as many are queued; where less
+        than the fastest will do, only what is smaller than that. See `tried`.
 
         Args:
             queued: images.
             now: monotonic seconds.
-            speed: images a second, as a share of those at the fastest size.
+            speed: see `fast_enough`.
         """
-        largest = (self.max_batch_size - 1).bit_length()
-        if largest not in self._each_s:
-            return self.max_batch_size
-        for bucket in range(largest + 1):
+        enough, largest = self.fast_enough(speed), (self.max_batch_size - 1).bit_length()
+        for bucket in range(largest + 1 if largest in self._each_s else 0):
             size = min(1 << bucket, self.max_batch_size)
-            if queued >= size and self._is_stale(bucket, now):
+            if size > queued or (speed < 1.0 and size >= enough):
+                break
+            if self._is_stale(bucket, now):
                 return size
-        fastest_s = min(self._each_s.values())
-        enough = min(b for b, each_s in self._each_s.items() if each_s * speed <= fastest_s)
-        return min(1 << enough, self.max_batch_size)
+        return enough
 
     def tried(self, size: int, now: float) -> None:
         """A batch of at most `size` was made; requests of several images may have kept it from being so large."""
@@ -341,10 +346,12 @@ class Batcher:
             batch: list[Pending] = []
             dropped: list[Pending] = []
             size, now = 0, time.monotonic()
-            full = fair = self.compute_time.batch_size(self.images, now)
             self._see_who_is_absent(now)
             if self.absent:
-                fair = min(full, self.compute_time.batch_size(self.images, now, FAIR))
+                full = self.compute_time.fast_enough()
+                fair = self.compute_time.batch_size(self.images, now, FAIR)
+            else:
+                full = fair = self.compute_time.batch_size(self.images, now)
             served: set[bytes] = set()  # clients in the batch
             longest_s = float("inf")  # the batch may take, once someone in it has no more to send
             while self._heap:
@@ -370,7 +377,7 @@ class Batcher:
                             longest_s = STRETCH * self.compute_time.of(size)
                 heapq.heappop(self._heap)
             if batch:
-                self.compute_time.tried(full, now)
+                self.compute_time.tried(fair, now)
             self._busy_until = now + self.compute_time.of(size)
             return batch, dropped
 
