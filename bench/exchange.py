@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench.digits import digits_bundle
-from bench.stamp import ROOT, stamp
+from bench.stamp import publish, stamp
 from tta.bundle import write_bundle
 from tta.client import Client
 from tta.errors import TTAError
@@ -26,7 +26,6 @@ from tta.packaging.digits import digits
 from tta.protocol import Deploy
 from tta.scenario import DaemonProcess
 
-RESULTS = ROOT / "bench" / "results"
 REST_S = 2.0  # between two deployments
 LIMIT_S = 60.0
 
@@ -134,9 +133,7 @@ def main() -> int:
     times = parser.parse_args().times
     with tempfile.TemporaryDirectory(prefix="tta-exchange-") as folder:
         found = {**stamp("python -m bench.exchange"), "cores": os.cpu_count(), **run(times, Path(folder))}
-    (RESULTS / "exchange.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "exchange.md").write_text("\n".join(table(found)) + "\n")
-    print("\n".join(table(found)))
+    publish("exchange", found, table(found))
     return int(bool(found["failed"]))
 
 

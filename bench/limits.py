@@ -9,7 +9,6 @@ Writes `results/limits.{json,md,png}`.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ import onnxruntime as ort
 
 from bench.serving.models import SHAPES, model_files
 from bench.serving.servers import MAX_BATCH_IMAGES, serving
-from bench.stamp import stamp
+from bench.stamp import RESULTS, publish, stamp
 from tta import protocol
 from tta.bundle import Bundle, load_bundle
 from tta.scenario.load import Load, Wire, drive
@@ -32,7 +31,6 @@ from tta.server.batcher import Batcher, Pending
 from tta.server.options import Observation
 from tta.server.predictor import Predictor
 
-RESULTS = Path(__file__).parent / "results"
 SERVER_CORE, LOAD_CORE = 0, 1
 OUTSTANDING = 64
 SIZES = ("identity", "identity@64", "identity@128", "identity@224")
@@ -281,10 +279,8 @@ def main() -> int:
     for model in TAPPED:
         tell(f"taps of {model}")
         result["taps"][model] = taps(model, TAP_BATCHES)
-    (RESULTS / "limits.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "limits.md").write_text("\n".join(table(result)) + "\n")
     draw(result, RESULTS / "limits.png")
-    print(json.dumps(result, indent=1) if arguments.json else "\n".join(table(result)))
+    publish("limits", result, table(result), arguments.json)
     return 0
 
 

@@ -6,7 +6,6 @@ as the daemon does it, and once by distances alone, without asking for the other
 """
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from bench.digits import digits_bundle
 from bench.soak import shifts
-from bench.stamp import ROOT, stamp
+from bench.stamp import publish, stamp
 from tta.bundle import load_bundle
 from tta.daemon.calibrations import reference_of
 from tta.monitor import regimes
@@ -22,7 +21,6 @@ from tta.monitor.regimes import LONG, LOOKS, Fingerprint, fingerprint, recognise
 from tta.packaging.digits import digits
 from tta.server.predictor import Predictor
 
-RESULTS = ROOT / "bench" / "results"
 N_PRINT, N_FOUND = 256, 500
 Array = Any
 
@@ -97,9 +95,7 @@ def main() -> int:
             f"| {name} | {100 * f['left']:.2f} | {100 * d['left']:.2f} | {f['samples']:.0f}, {f['most']} "
             f"| {d['samples']:.0f}, {d['most']} |"
         )
-    (RESULTS / "neighbours.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "neighbours.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish("neighbours", result, lines)
     return 0
 
 

@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.stamp import ROOT, stamp
+from bench.stamp import ROOT, publish, stamp
 
-RESULTS = ROOT / "bench" / "results"
 LOOK_S = 0.1
 LIMIT_S = 1800.0
 
@@ -69,9 +68,7 @@ def main() -> int:
         *("| step | s |", "| --- | --- |"),
         *(f"| {step} | {seconds} |" for step, seconds in found["seconds"].items()),
     ]
-    (RESULTS / "newcomer.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "newcomer.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish("newcomer", found, lines)
     return 0
 
 

@@ -8,7 +8,6 @@ was answered, how soon the rest was refused, by which code, and the server's mem
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,10 +17,9 @@ import numpy as np
 
 from bench.serving.models import SHAPES
 from bench.serving.servers import serving
-from bench.stamp import stamp
+from bench.stamp import RESULTS, publish, stamp
 from tta.scenario.load import Load, drive
 
-RESULTS = Path(__file__).parent / "results"
 SERVER_CORE, LOAD_CORE = 0, 1
 TIMES = (0.5, 0.9, 1.5, 2.0, 3.0)  # the capacity
 DEADLINES = (0.1, None)
@@ -149,10 +147,8 @@ def main() -> int:
         **{"model": arguments.model, "rounds": arguments.rounds},
         **measure(arguments.model, arguments.rounds),
     }
-    (RESULTS / "overload.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "overload.md").write_text("\n".join(table(result)) + "\n")
     draw(result, RESULTS / "overload.png")
-    print(json.dumps(result, indent=1) if arguments.json else "\n".join(table(result)))
+    publish("overload", result, table(result), arguments.json)
     return 0
 
 

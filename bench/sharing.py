@@ -9,7 +9,6 @@ tenth. Of the three: p50, p99, and the ratio of p99 to when they were alone. Wri
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -24,13 +23,12 @@ import zmq
 
 from bench.serving.models import SHAPES
 from bench.serving.servers import serving
-from bench.stamp import stamp
+from bench.stamp import RESULTS, publish, stamp
 from bench.swap import ratio
 from tta import protocol
 from tta.client import Client
 from tta.scenario.load import Load, Wire, drive
 
-RESULTS = Path(__file__).parent / "results"
 SERVER_CORE, LOAD_CORE = 0, 1
 SHARE = 0.1  # of the server's capacity, for each client
 N_CLIENTS = 3
@@ -192,10 +190,8 @@ def main() -> int:
         "model": arguments.model,
         **measure(arguments.model, arguments.rounds),
     }
-    (RESULTS / "sharing.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "sharing.md").write_text("\n".join(table(result)) + "\n")
     draw(result, RESULTS / "sharing.png")
-    print(json.dumps(result, indent=1) if arguments.json else "\n".join(table(result)))
+    publish("sharing", result, table(result), arguments.json)
     return 0
 
 

@@ -49,7 +49,8 @@ KERNEL = tuple(int(n) for n in re.findall(r"\d+", platform.release())[:2])
 
 
 @pytest.mark.skipif(
-    platform.system() != "Linux" or KERNEL < (6, 12), reason="slices can be asked for since Linux 6.12"
+    platform.system() != "Linux" or KERNEL < (6, 12) or platform.machine() not in _SCHED_SETATTR,
+    reason="slices can be asked for since Linux 6.12",
 )
 def test_a_worker_lets_whoever_wakes_go_first() -> None:
     """It asks the kernel for slices longer than anybody's, by which those that wake are let in before it."""

@@ -29,7 +29,7 @@ from tta import log
 from tta.auth import Clients, Doorkeeper
 from tta.bundle import load_bundle
 from tta.errors import TTAError, UnavailableError
-from tta.process import allow_files, die_with, is_alive, outlive_parent
+from tta.process import allow_files, die_with, is_alive, outlive_parent, release_memory
 from tta.server.batcher import Batcher, Pending
 from tta.server.frontend import Computed, Failed, Frontend
 from tta.server.options import Observation, ServerOptions
@@ -360,7 +360,7 @@ class Server:
             flip = time.monotonic()
             self.predictor.activate(session)
             reply["flip_s"] = time.monotonic() - flip
-            self.predictor.release(previous=False)
+            release_memory()
         except TTAError as error:
             reply["error"] = str(error)
         except Exception as error:  # reported to the daemon, which keeps the present version

@@ -114,7 +114,8 @@ class ComputeTime:
         if (self.max_batch_size - 1).bit_length() not in self._each_s:
             return self.max_batch_size
         fastest_s = min(self._each_s.values())
-        return min(1 << min(b for b, s in self._each_s.items() if s * speed <= fastest_s), self.max_batch_size)
+        least = min(b for b, each_s in self._each_s.items() if each_s * speed <= fastest_s)
+        return min(1 << least, self.max_batch_size)
 
     def batch_size(self, queued: int, now: float, speed: float = 1.0) -> int:
         """Images to compute together while so many are queued: `fast_enough`, or a size to try.
@@ -219,7 +220,7 @@ class Batcher:
             client = self._clients.get(request.identity) or _Client()
             if request.expires != float("inf"):
                 self._check_deadline(request, client)
-            evicted = self._make_room(n, client) if self.images + n > self._room else []
+            evicted = self._make_room(n, client)
             if not client.queue:  # nobody gains by having been silent, nor by having just been served
                 client.clock = max(self._clock, self._finished.pop(request.identity, 0))
             heapq.heappush(self._heap, (client.clock, self._count, request))
@@ -341,7 +342,7 @@ class Batcher:
                 self._busy_until = 0.0
                 self._finished.clear()
                 self._wait_for(1, min(timeout_s, CLOSED_S) if self._closed else timeout_s)
-            else:
+            elif self.max_wait_s:
                 self._fill()
             batch: list[Pending] = []
             dropped: list[Pending] = []

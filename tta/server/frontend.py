@@ -397,9 +397,9 @@ class Frontend:
             }
             if request.top_k:
                 header["top"] = top_classes(batch.logits[row : row + n], request.top_k, self.manifest.classes)
-            frames = protocol.encode(header)
-            if not request.top_k:
-                frames.append(tensor[row * row_bytes : (row + n) * row_bytes])
+                frames = protocol.encode(header)
+            else:
+                frames = [*protocol.encode(header), tensor[row * row_bytes : (row + n) * row_bytes]]
             self._repeats.answered(request, frames)
             self._outbox.send([request.reply_to, *frames])
             row += n

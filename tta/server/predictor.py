@@ -166,10 +166,9 @@ class Predictor:
             self.previous = self.current
         self.current = session
 
-    def release(self, previous: bool = True) -> None:
+    def release(self) -> None:
         """Drop the previous version's session and give its memory back to the system."""
-        if previous:
-            self.previous = None
+        self.previous = None
         release_memory()
 
     def run(self, x: Array) -> Prediction:

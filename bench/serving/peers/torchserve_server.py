@@ -3,26 +3,26 @@
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve()
 
 
-def initialize(context: object) -> None:
-    """In the worker."""
+@cache
+def model() -> Any:
+    """In the worker, once."""
     from session import Model
 
-    global model
-    model = Model()
+    return Model()
 
 
 def handle(data: list[dict[str, bytes]] | None, context: object) -> list[bytes] | None:
     """A batch; bytes in, bytes out."""
     if data is None:  # how it says: load
         return None
-    if "model" not in globals():
-        initialize(context)
-    return model.run_requests([bytes(request["body"]) for request in data])
+    return model().run_requests([bytes(request["body"]) for request in data])
 
 
 def main() -> None:
@@ -56,7 +56,6 @@ def main() -> None:
         "models": json.dumps({"model": {"1.0": limits}}),
         "job_queue_size": 1024,
         "disable_system_metrics": "true",
-        "disable_token_authorization": "true",
     }
     config = folder / "config.properties"
     config.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
