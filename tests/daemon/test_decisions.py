@@ -5,7 +5,7 @@ import pytest
 
 from tta.daemon.asking import rank
 from tta.daemon.cycle import TABLE, Action, Cycle, Event, State
-from tta.daemon.gate import judge
+from tta.daemon.gate import does_as_well, judge
 
 
 def correct(n_right: int, n: int) -> list[bool]:
@@ -80,6 +80,14 @@ def test_a_class_may_fall_by_chance() -> None:
 def test_without_labels_nothing_is_decided() -> None:
     """No gate label gives no verdict but a number of labels to get."""
     assert judge([], [], [], None, 0.05).outcome == "undecided"
+
+
+def test_a_cure_is_recognised_although_few_labels_flattered_it() -> None:
+    """A cure right on 80 % that 16 labels saw at 94 % is recognised by 32 more; one right on half is not."""
+    assert does_as_well(correct(25, 32), 0.94)
+    assert not does_as_well(correct(16, 32), 0.94)
+    assert not does_as_well(correct(60, 100), 0.80)
+    assert does_as_well(correct(66, 100), 0.80)
 
 
 def test_the_table_is_the_design() -> None:

@@ -25,6 +25,7 @@ class Case:
         kind: of the present shift, once diagnosed.
         proposal: accepted version that waits for approval; 0 for none.
         accuracy: of the newest version on the gate's labels.
+        gate_labels: how many those were.
         since: sequence number at which the serving version came into service.
         paused: nothing may be changed.
         swap_to: version the server has been asked to serve and has not confirmed; None if there is none.
@@ -54,6 +55,7 @@ class Case:
     kind: str = ""
     proposal: int = 0
     accuracy: float = 0.0
+    gate_labels: int = 0
     since: int = 0
     paused: bool = False
     swap_to: int | None = None

@@ -16,6 +16,8 @@ from tta.monitor.accuracy import binomial_tail, more_errors_p_value, paired_p_va
 
 MAX_LABELS = 4096
 OTHERS_ALPHA = 0.1  # chance that a candidate which is no better looks better without one client's labels
+AS_WELL_MARGIN = 0.1  # accuracy below that of its regime at which a version is no cure of this traffic,
+AS_WELL_P_VALUE = 0.2  # if it is this unlikely that so few are right: both are known from few labels
 Rate = tuple[int, int]  # answers that were called right or wrong, and wrong
 CLASS_ALPHA = 0.05  # a class's fall must be more than chance to count, at this level
 
@@ -182,6 +184,17 @@ def carried_by(
         if any(behind([candidate[i] for i in rest], [other[i] for i in rest]) for other in others):
             return client
     return None
+
+
+def does_as_well(right: Sequence[bool], accuracy: float) -> bool:
+    """Whether a version does on these labels what it did in its regime, as far as so few can tell.
+
+    Args:
+        right: for each label, whether the version is right.
+        accuracy: of the version in its regime, in [0, 1].
+    """
+    error_rate = min(0.99, 1 - accuracy + AS_WELL_MARGIN)
+    return binomial_tail(list(right).count(False), len(right), error_rate) > AS_WELL_P_VALUE
 
 
 def _left_out(clients: Sequence[str], limited: Iterable[str]) -> Iterator[tuple[str, list[int]]]:

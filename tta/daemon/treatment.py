@@ -39,7 +39,6 @@ Array = npt.NDArray[Any]
 HARM_P_VALUE = 0.05  # errors must be up by more than chance before weights are touched
 RECALL_LABELS = 8  # labels for a first attempt to recognise an output-level regime; then twice as many
 RECALL_CANDIDATES = 4  # regimes tried by labels, the last used first
-RECALL_MARGIN = 0.1  # a regime's cure must come this near its accuracy to be recognised by labels
 ACCURACY_WINDOW = 100  # labels in the accuracy gauges
 MIN_OUTCOMES = 16  # labelled predictions under which nothing can be said of the errors
 WARM_STARTS = 2  # cured regimes most like the present one, from which an operation may also start
@@ -688,7 +687,7 @@ class Treatment:
             verdict = gate.judge(right, serving, right, None, alpha)
             gave = [r.client for r in rows]
             verdict = gate.without_each(verdict, right, serving, right, gave, limited)
-            if verdict.outcome == "accepted" and verdict.accuracy_candidate >= regime.accuracy - RECALL_MARGIN:
+            if verdict.outcome == "accepted" and gate.does_as_well(right, regime.accuracy):
                 self.case.target = regime.number
                 self.happen(Event.KNOWN, regime=regime.number, recalled_version=regime.version, **verdict.fields())
 
@@ -794,6 +793,7 @@ class Treatment:
             self.case.looks += 1
         if conclusion.version:
             self.case.proposal, self.case.accuracy = conclusion.version, conclusion.accuracy
+            self.case.gate_labels = conclusion.evidence["n_labels"]
             self.case.target = NEW
             event = Event.PROPOSED if self.config.mode == "propose" else Event.ACCEPTED
             self.happen(event, **conclusion.evidence)
@@ -904,10 +904,16 @@ class Treatment:
             self.case.regime = self.target.number
         else:
             found = None if self.case.kind == "output" else self.watch.fingerprint()
-            self._add_regime(self.case.kind, self.case.accuracy, found, self.sequence, self.case.keys)
+            self._add_regime(self.case.kind, self._accuracy_of_cure(), found, self.sequence, self.case.keys)
         self._probation_from = None
         self.servers.release()
         self.metrics.regime.set(self.case.regime)
+
+    def _accuracy_of_cure(self) -> float:
+        """On the gate's labels and on those of its own answers: the gate's alone flatter what they chose."""
+        n_gate, accuracy = self.case.gate_labels, self.case.accuracy
+        n, wrong = self.labels.outcomes(self.case.since, self.case.serving)
+        return (n_gate * accuracy + n - wrong) / (n_gate + n) if n_gate else accuracy
 
     def _measured_accuracy(self) -> float:
         """Of the serving version since the onset; of its regime, less what is accepted, without labels."""
