@@ -5,7 +5,8 @@
 The 15 corruptions at severity 5 in the standard order, visited 20 times; see `data.py` for the stream, `ours.py` for
 how the daemon's own decisions are driven, `peers.py` for the others. Labels are late or wrong in runs of their own.
 Cells are cached under `bench/.cache/stream` by a hash of the code they depend on: an interrupted run goes on where it
-stopped, also from the committed results, and what is missing is shown as missing. Writes `bench/results/stream.{json,md,png}`.
+stopped, also from the committed results. What was measured of earlier code stays, marked as such, until it is measured
+again; what was never measured is shown as missing. Writes `bench/results/stream.{json,md,png}`.
 """
 
 import argparse
@@ -105,14 +106,21 @@ def path_of(cell: Cell) -> Path:
     return cifar.CACHE / "stream" / f"{cell.name}-{digest}.json"
 
 
-def unpack() -> None:
-    """Put the runs of the committed results into the cache, if they are of the same code."""
+def unpack() -> dict[str, Json]:
+    """Put the runs of the committed results into the cache, if they are of the same code; the others by name."""
     path = RESULTS / "stream.json"
-    for stored in json.loads(path.read_text())["cells"] if path.exists() else []:
-        own = path_of(Cell(**{k: stored[k] for k in ("method", "seed", "visits", "delay", "wrong")}))
-        if own.stem == stored.get("key") and not own.exists():
+    if not path.exists():
+        return {}
+    earlier, result = {}, json.loads(path.read_text())
+    for stored in result["cells"]:
+        cell = Cell(**{k: stored[k] for k in ("method", "seed", "visits", "delay", "wrong")})
+        own, stored = path_of(cell), {"commit": result["commit"], **stored}
+        if own.stem != stored["key"]:
+            earlier[cell.name] = {**stored, "earlier": True}
+        elif not own.exists():
             own.parent.mkdir(parents=True, exist_ok=True)
             own.write_text(json.dumps(stored))
+    return earlier
 
 
 def compute(cell: Cell, path: Path) -> None:
@@ -151,6 +159,7 @@ def compute(cell: Cell, path: Path) -> None:
 
             found = peers.run(segments, cell.method, x[:N_REFERENCE], cell.seed, tell)
     found["cpu_s"] = round(time.process_time() - began, 1)
+    found["commit"] = stamp("")["commit"]
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(found, default=str))
     temporary.rename(path)
@@ -184,7 +193,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", metavar="METHOD", choices=methods, help="run these methods only")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
-    unpack()
+    earlier = unpack()
     run(
         [c for c in wanted if not arguments.only or c.method in arguments.only],
         arguments.budget_minutes,
@@ -196,6 +205,8 @@ def main() -> int:
         if path_of(c).exists()
     ]
     missing = [c.name for c in wanted if not path_of(c).exists()]
+    found += [earlier[name] for name in missing if name in earlier]
+    missing = [name for name in missing if name not in earlier]
     result = {**stamp("python -m bench.stream"), "missing": missing, "cells": [report.condensed(f) for f in found]}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "stream.json").write_text(json.dumps(result, indent=1) + "\n")

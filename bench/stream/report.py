@@ -54,7 +54,8 @@ def condensed(found: Json) -> Json:
         n = sum(s["images"] for s in own)
         return round(100 * sum(s[key] for s in own) / n, 2) if n and key in own[0] else None
 
-    kept = {k: found[k] for k in ("key", "method", "seed", "visits", "delay", "wrong", "cpu_s")}
+    what = ("key", "commit", "method", "seed", "visits", "delay", "wrong", "cpu_s")
+    kept = {k: found[k] for k in what if k in found}
     last = max(s["visit"] for s in segments)
     kept["parts"] = {part: error("errors", part=part) for part in PARTS}
     kept["by_visit"] = [error("errors", visit=v) for v in range(1, last + 1)]
@@ -81,9 +82,24 @@ def recall_delays(segments: Sequence[Json]) -> float | None:
 
 
 def pick(result: Json, method: str, **where: Any) -> list[Json]:
-    """Runs of a method on the whole stream, with labels at once and right unless told otherwise."""
+    """Runs of a method on the whole stream, with labels at once and right unless told otherwise.
+
+    Those of earlier code only if there are none of the present.
+    """
     where = {"visits": FEW_VISITS if method in FEW else N_VISITS, "delay": 0, "wrong": 0.0, **where}
-    return [c for c in result["cells"] if c["method"] == method and all(c[k] == v for k, v in where.items())]
+    runs = [c for c in result["cells"] if c["method"] == method and all(c[k] == v for k, v in where.items())]
+    return [c for c in runs if not c.get("earlier")] or runs
+
+
+def named(method: str, runs: Sequence[Json]) -> str:
+    """As shown, with a mark if the runs are of earlier code."""
+    return SHOWN[method] + (" †" if any(c.get("earlier") for c in runs) else "")
+
+
+def footnote(result: Json) -> list[str]:
+    """What the mark means."""
+    commits = sorted({c["commit"] for c in result["cells"] if c.get("earlier")})
+    return ["", f"† measured of earlier code, commit {', '.join(commits)}."] if commits else []
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -132,13 +148,20 @@ def tables(result: Json) -> list[str]:
         "| method | labels | seeds | first and visits | first pass | visit 2 | visit 20 | class runs | mixed | clean |",
         "| --- | --- | --- |" + " --- |" * 7,
     ]
-    for method, shown in SHOWN.items():
+    for method in SHOWN:
         runs = pick(result, method)
         labelled = method in WITH_LABELS or method.startswith("tta")
         labels = f"15 × {LABELS}" if labelled else "none"
         cells = row(runs) if runs else ["missing"] * 7
-        lines.append(f"| {shown} | {labels} | {len(runs)} | " + " | ".join(cells) + " |")
-    lines += ["", *verdicts(result), *by_corruption(result), *what_it_did(result), *label_troubles(result)]
+        lines.append(f"| {named(method, runs)} | {labels} | {len(runs)} | " + " | ".join(cells) + " |")
+    lines += [
+        *footnote(result),
+        "",
+        *verdicts(result),
+        *by_corruption(result),
+        *what_it_did(result),
+        *label_troubles(result),
+    ]
     return lines
 
 
@@ -184,7 +207,7 @@ def by_corruption(result: Json) -> list[str]:
     lines = [
         "**Visits 2 to 20, by corruption**",
         "",
-        "| corruption | " + " | ".join(SHOWN[m] for m in methods) + " |",
+        "| corruption | " + " | ".join(named(m, pick(result, m)) for m in methods) + " |",
     ]
     lines.append("| --- |" + " --- |" * len(methods))
     for name in CORRUPTIONS:
@@ -211,7 +234,7 @@ def what_it_did(result: Json) -> list[str]:
         values += [mean([c["events"].get(e, 0) for c in runs]) for e in EVENTS]
         blocks: Counter[str] = sum((Counter(c["blocks"]) for c in runs), Counter())
         tuned = ", ".join(f"{b or 'normalisation'} {n}" for b, n in blocks.most_common())
-        lines.append(f"| {SHOWN[method]} | " + " | ".join(map(number, values)) + f" | {tuned} |")
+        lines.append(f"| {named(method, runs)} | " + " | ".join(map(number, values)) + f" | {tuned} |")
     return [*lines, ""]
 
 
@@ -233,7 +256,8 @@ def label_troubles(result: Json) -> list[str]:
         )
         values = [c["parts"]["first"], c["by_visit"][1], c["parts"]["clean"]]
         counts = [str(c["events"].get(e, 0)) for e in ("accepted", "not_accepted")]
-        lines.append(f"| {what} | " + " | ".join([*map(number, values), *counts]) + " |")
+        mark = " †" if c.get("earlier") else ""
+        lines.append(f"| {what}{mark} | " + " | ".join([*map(number, values), *counts]) + " |")
     return [*lines, ""]
 
 
@@ -245,12 +269,12 @@ def summary(result: Json) -> list[str]:
         "| | first pass | visit 20 | class runs | mixed | clean |",
         "| --- |" + " --- |" * 5,
     ]
-    for method, shown in SHOWN.items():
+    for method in SHOWN:
         runs = pick(result, method)
         if runs and method != "tta, no rehearsal":
             values = row(runs)
-            lines.append(f"| {shown} | " + " | ".join([values[1], values[3], *values[4:]]) + " |")
-    return lines
+            lines.append(f"| {named(method, runs)} | " + " | ".join([values[1], values[3], *values[4:]]) + " |")
+    return [*lines, *footnote(result)]
 
 
 def draw(result: Json, path: Path) -> None:
