@@ -51,6 +51,31 @@ def test_predict_label_and_status(daemon: DaemonProcess, stream: tuple) -> None:
     assert about["inputs"][0]["shape"] == [-1, 32, 32, 3]
 
 
+def test_what_is_too_large_is_not_sent(start_daemon: Callable[..., DaemonProcess], stream: tuple) -> None:
+    """A frame beyond `server.max_message_bytes` is refused by both clients, and breaks no other request."""
+    daemon = start_daemon(**{"server.max_message_bytes": 1 << 20})
+    x = np.concatenate([stream[0][:50]] * 8)
+    assert x.nbytes > 1 << 20
+    with daemon.client() as client:
+        other = client.submit(x[:8])
+        with pytest.raises(InputError, match=f"{x.nbytes} bytes in one request: 1048576 are taken"):
+            client.predict(x)
+        with pytest.raises(InputError, match="send fewer images"):
+            client.label(labels=[0] * len(x), x=x)
+        answers = dict(client.results(10.0))
+
+    async def predict_and_label() -> None:
+        async with AsyncClient(daemon.endpoint, daemon.control) as client:
+            with pytest.raises(InputError, match="send fewer images"):
+                await client.predict(x)
+            with pytest.raises(InputError, match="send fewer images"):
+                await client.label(labels=[0] * len(x), x=x)
+
+    asyncio.run(predict_and_label())
+    assert list(answers) == [other]
+    assert len(answers[other].classes) == 8
+
+
 def test_bad_labels_are_refused_and_store_nothing(daemon: DaemonProcess, stream: tuple) -> None:
     """A class out of range, a count that does not match, or both kinds at once are refused as a whole."""
     with daemon.client() as client:

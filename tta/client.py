@@ -10,7 +10,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -40,6 +40,7 @@ DEFAULT_CONTROL = "tcp://127.0.0.1:5556"
 MAX_WAITING = 64  # images that a blocking client holds back before `submit` waits
 ATTEMPTS = 4  # at most, of a request without an answer, in its time
 MAX_POLL_S = 60.0  # a poll takes no infinity
+ALWAYS_TAKEN = 1 << 20  # bytes of a frame that every server takes; what larger ones it takes its metadata say
 
 Images = npt.NDArray[np.uint8]
 Pictures = bytes | Sequence[bytes]  # JPEG or PNG files
@@ -112,14 +113,30 @@ def _batch(x: Images) -> Images:
     return x[None] if x.ndim == 3 else x
 
 
-def _payload(x: Images | Pictures) -> tuple[str, list[int], list[int], bytes]:
-    """Dtype, shape and sizes of a request for images or files, and its payload."""
+Payload = tuple[str, list[int], list[int], bytes]
+
+
+def _payload(x: Images | Pictures) -> Payload:
+    """Dtype, shape and sizes of a request for images or files, and its bytes."""
     given = [x] if isinstance(x, bytes) else x
     files = [file for file in given if isinstance(file, bytes)] if isinstance(given, list | tuple) else []
     if files and len(files) == len(given):
         return protocol.PICTURES, [len(files)], [len(file) for file in files], b"".join(files)
     images = _batch(np.asarray(x))
     return str(images.dtype), list(images.shape), [], protocol.tensor_bytes(images)
+
+
+def _largest_of(metadata: dict[str, Any]) -> float:
+    """Bytes of a frame that who told these metadata takes."""
+    return float(metadata.get("max_message_bytes", math.inf))
+
+
+def _refuse_larger(n_bytes: int, largest: float) -> None:
+    if n_bytes > largest:
+        raise InputError(
+            f"{n_bytes} bytes in one request: {largest:.0f} are taken (`server.max_message_bytes`); "
+            "send fewer images a request"
+        )
 
 
 def _opened(answer: Answer) -> tuple[dict[str, Any], list[bytes]]:
@@ -199,6 +216,7 @@ class _Connections:
         self._daemon: Connection | None = None
         self._name = secrets.token_hex(8)  # under which servers know a request that comes again
         self._ids = itertools.count(1)
+        self._largest: float | None = None  # bytes of a frame that the servers take, once that matters
         self._outstanding = Outstanding(
             len(self._endpoints),
             self._name,
@@ -207,9 +225,9 @@ class _Connections:
             lambda: self._silence(self._servers, self._endpoints),
         )
 
-    def _add(self, x: Images | Pictures, deadline_s: float | None, key: str | None, observe: bool) -> int:
+    def _add(self, content: Payload, deadline_s: float | None, key: str | None, observe: bool) -> int:
         """Take a request for images or files; it goes with the next turn."""
-        dtype, shape, sizes, payload = _payload(x)
+        dtype, shape, sizes, payload = content
         request = protocol.Predict(
             id=next(self._ids),
             dtype=dtype,
@@ -377,7 +395,9 @@ class Client(_Connections):
         Where as many images are unanswered as the servers grant, `MAX_WAITING` more wait in the client; then this
         waits.
         """
-        request_id = self._add(x, deadline_s, key, observe)
+        content = _payload(x)
+        self._check_size(len(content[-1]), self._ask)
+        request_id = self._add(content, deadline_s, key, observe)
         self._turn(0.0)
         while self._outstanding.waiting_images > MAX_WAITING:
             self._turn(float("inf"))
@@ -434,9 +454,9 @@ class Client(_Connections):
             "contested": another client has labelled it differently, and neither label is used.
             When this returns, joined labels are on disk.
         """
-        return list(
-            self._exchange(_label_request(next(self._ids), prediction_ids, labels, correct, x))[0]["outcomes"]
-        )
+        frames = _label_request(next(self._ids), prediction_ids, labels, correct, x)
+        self._check_size(max(map(len, frames)), self.call)
+        return list(self._exchange(frames)[0]["outcomes"])
 
     def ask(self, n: int = 16, images: bool = False) -> list[Question]:
         """Recent predictions whose labels would help most: since the shift, spread over the predicted classes.
@@ -525,6 +545,13 @@ class Client(_Connections):
                 if protocol.reply_id(frames) == request_id:
                     return frames
         return None
+
+    def _check_size(self, n_bytes: int, ask: Callable[[protocol.Request], dict[str, Any]]) -> None:
+        """Refuse a frame for which the other side would close the connection, with all that is under way on it."""
+        if n_bytes > ALWAYS_TAKEN:
+            if self._largest is None:
+                self._largest = _largest_of(ask(protocol.Metadata()))
+            _refuse_larger(n_bytes, self._largest)
 
     def _ask(self, request: protocol.Request) -> dict[str, Any]:
         return _opened(self._wait(self._add_question(request)))[0]
@@ -660,18 +687,18 @@ class AsyncClient(_Connections):
     ) -> Prediction:
         """Classify images; see `Client.predict`. A task that is cancelled cancels its request at the server."""
         self._check_open()
-        request_id = self._add(x, deadline_s, key, observe)
+        content = _payload(x)
+        await self._check_size(len(content[-1]), self._ask)
+        request_id = self._add(content, deadline_s, key, observe)
         return _prediction(await self._answer(request_id))
 
     async def metadata(self) -> dict[str, Any]:
         """Name, inputs, outputs, classes and version of the served model."""
-        self._check_open()
-        return _opened(await self._answer(self._add_question(protocol.Metadata())))[0]
+        return await self._ask(protocol.Metadata())
 
     async def ready(self) -> bool:
         """Whether a server takes predictions."""
-        self._check_open()
-        return bool(_opened(await self._answer(self._add_question(protocol.Ready())))[0]["ready"])
+        return bool((await self._ask(protocol.Ready()))["ready"])
 
     async def label(
         self,
@@ -682,6 +709,7 @@ class AsyncClient(_Connections):
     ) -> list[str]:
         """Say what images really showed; see `Client.label`."""
         frames = _label_request(next(self._ids), prediction_ids, labels, correct, x)
+        await self._check_size(max(map(len, frames)), self.call)
         return list((await self._exchange(frames))[0]["outcomes"])
 
     async def ask(self, n: int = 16, images: bool = False) -> list[Question]:
@@ -701,6 +729,19 @@ class AsyncClient(_Connections):
     async def versions(self) -> list[dict[str, Any]]:
         """Every version in the store, oldest first."""
         return list((await self.call(protocol.Versions()))["versions"])
+
+    async def _check_size(
+        self, n_bytes: int, ask: Callable[[protocol.Request], Awaitable[dict[str, Any]]]
+    ) -> None:
+        """See `Client`."""
+        if n_bytes > ALWAYS_TAKEN:
+            if self._largest is None:
+                self._largest = _largest_of(await ask(protocol.Metadata()))
+            _refuse_larger(n_bytes, self._largest)
+
+    async def _ask(self, request: protocol.Request) -> dict[str, Any]:
+        self._check_open()
+        return _opened(await self._answer(self._add_question(request)))[0]
 
     def _check_open(self) -> None:
         if not self._servers:

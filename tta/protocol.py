@@ -218,6 +218,7 @@ REPLIES: dict[str, dict[str, str]] = {
     "metadata": {
         "name": "of the model",
         "classes": "their names, in the order of the logits",
+        "max_message_bytes": "of the largest frame taken: on a larger one the connection is closed",
         "platform?": 'data socket: "onnxruntime"',
         "versions?": "data socket: the version in service, as a list",
         "inputs?": "data socket: name, datatype and shape, -1 for any number",

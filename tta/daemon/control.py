@@ -161,6 +161,7 @@ class Control:
                 return {
                     "name": self.manifest.name,
                     "classes": self.manifest.classes,
+                    "max_message_bytes": self.config.server.max_message_bytes,
                 }
             case protocol.Ready():
                 return {"ready": self.ready()}

@@ -432,6 +432,7 @@ class Frontend:
             "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, m.n_classes]}],
             "classes": m.classes,
             "resize": m.resize,
+            "max_message_bytes": self.options.max_message_bytes,
             "preprocessing": {**m.preprocessing, "sha256": m.preprocessing_sha256},
         }
 
