@@ -22,6 +22,7 @@ from tests.waiting import until
 from tta.bundle import check_signed, load_bundle, sign_bundle, source_is_importable
 from tta.commands import app
 from tta.config import load_config
+from tta.daemon.deployment import former_folder
 from tta.daemon.store import Store, sign_version
 from tta.errors import BundleError, ConfigError, DeltaError
 from tta.packaging.digits import corrupt, digits
@@ -179,6 +180,22 @@ def test_a_state_folder_is_signed_for_a_daemon_with_another_key(
     assert [Path(path).name for path in found["refused"]] == [f"{damaged:06d}"]
     trusting = Store(state, "hash", key, {"alice": key.public})
     assert (trusting.problem(sound), trusting.newest()) == ("", sound)
+
+
+def test_versions_of_bundles_that_served_before_are_signed_too(
+    tmp_path: Path, key: SigningKey, other: SigningKey
+) -> None:
+    """`tta sign STATE` vouches for what comes back with a former bundle as well."""
+    versions = [
+        Store(state, "hash", other).write(*delta(), "head", "source", 0.0, {}, {"outcome": "accepted"})
+        for state in (tmp_path, former_folder(tmp_path, "ab" * 32))
+    ]
+
+    result = CliRunner().invoke(app, ["sign", str(tmp_path), "--with", str(tmp_path / "alice.pem"), "--json"])
+
+    assert len(json.loads(result.stdout)["signed"]) == 2
+    back = Store(former_folder(tmp_path, "ab" * 32), "hash", key, {"alice": key.public})
+    assert back.problem(versions[1]) == ""
 
 
 def test_a_version_in_another_s_place_is_refused(tmp_path: Path, key: SigningKey) -> None:

@@ -24,10 +24,11 @@ def sign(
 
     A daemon with `security.signers` serves bundles only that one of them has signed; one with
     `security.signing_key` signs the versions it makes. Signing a state folder is for versions from before that, or
-    from a daemon with another key: look at what it lists, for all of it may be served then. The daemon must not
-    run.
+    from a daemon with another key: look at what it lists, for all of it may be served then; those of bundles that
+    served before, under `former`, are among them. The daemon must not run.
     """
     from tta.bundle import sign_bundle
+    from tta.daemon.deployment import FORMER
     from tta.daemon.store import lock, sign_version
     from tta.errors import DeltaError
     from tta.signatures import SigningKey
@@ -46,7 +47,8 @@ def sign(
         return
     signed, refused = {}, {}
     with lock(path):
-        for folder in filter(has_weights, version_folders(path).values()):
+        states = (path, *sorted(path.glob(f"{FORMER}/*")))
+        for folder in (f for state in states for f in filter(has_weights, version_folders(state).values())):
             try:
                 raw = (folder / "manifest.json").read_bytes()
                 manifest = load_version(folder)[0]
