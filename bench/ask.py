@@ -9,18 +9,16 @@ labels alone. Accuracy is on 2,000 other images. Writes `results/ask.{json,md}`.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.shifts import Shift, load_shift
-from bench.stamp import stamp
+from bench.stamp import publish, stamp
 from tta.adapter.methods import block_plans
 from tta.adapter.race import Race, Settings
 from tta.adapter.starts import starts_of
@@ -29,7 +27,6 @@ from tta.config import AdaptConfig
 from tta.daemon.asking import rank
 from tta.daemon.operation import race_settings
 
-RESULTS = Path(__file__).parent / "results"
 SHIFTS = ("gaussian_noise", "contrast", "flip")
 N_LABELS = (16, 64)
 N_RECENT = 1000
@@ -136,10 +133,7 @@ def main() -> int:
     torch.set_num_threads(1)
     cells = {name: measure(load_shift(name), arguments.seeds) for name in SHIFTS}
     result = {**stamp("python -m bench.ask"), "seeds": arguments.seeds, "cells": cells}
-    (RESULTS / "ask.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = "\n".join(table(result)) + "\n"
-    (RESULTS / "ask.md").write_text(text)
-    print(json.dumps(result, indent=1) if arguments.json else text)
+    publish("ask", result, table(result), arguments.json)
     return 0
 
 

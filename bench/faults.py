@@ -39,7 +39,7 @@ import zmq
 from bench.digits import digits_bundle
 from bench.fuzz import TARGETS, kept
 from bench.proxy import Proxy
-from bench.stamp import stamp
+from bench.stamp import publish, stamp
 from tta.bundle import load_bundle
 from tta.client import Client, Prediction
 from tta.errors import TTAError
@@ -48,7 +48,6 @@ from tta.scenario import DaemonProcess
 from tta.server.predictor import Predictor
 from tta.versions import VersionManifest
 
-RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, Any] = {
     **{"adapt.labels": 96, "adapt.retry_labels": 24, "adapt.augment": ["crop"], "adapt.epochs": 8},
     **{
@@ -573,12 +572,10 @@ def main() -> int:
     arguments = parser.parse_args()
     found = run(arguments.faults, arguments.seed, arguments.only)
     result = {**stamp(f"python -m bench.faults --faults {arguments.faults} --seed {arguments.seed}"), **found}
-    text = "\n".join(table(result)) + "\n"
-    if not arguments.only:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "faults.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "faults.md").write_text(text)
-    print(text)
+    if arguments.only:
+        print("\n".join(table(result)))
+    else:
+        publish("faults", result, table(result))
     lost = ("unanswered", "answered_twice", "ids_given_twice", "wrong_answers", "labels_lost", "versions_lost")
     recovered = all(f["recovery_s"] is not None for f in result["faults"])
     return int(any(result[name] for name in lost) or not recovered or bool(result["client_failed"]))

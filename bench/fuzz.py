@@ -42,7 +42,7 @@ from tta.signatures import SigningKey, signer_of
 from tta.versions import load_version
 
 HERE = Path(__file__).parent
-RESULTS, CORPUS = HERE / "results", HERE / "corpus"
+CORPUS = HERE / "corpus"
 IMAGE_SHAPE = (4, 4, 3)
 INPUT_S, INPUT_MIB = 5, 1024
 MAX_LEN = 4096
@@ -392,7 +392,7 @@ def table(result: Json) -> list[str]:
 
 def main() -> int:
     """Fuzz all targets and write the report; 1 if any crashed."""
-    from bench.stamp import stamp
+    from bench.stamp import publish, stamp
 
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120.0, help="for each target")
@@ -408,11 +408,10 @@ def main() -> int:
             if found["says"]:
                 print(found["says"], file=sys.stderr)
     result = {**stamp("python -m bench.fuzz"), "seconds": arguments.seconds, "runs": runs}
-    if not arguments.only:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "fuzz.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "fuzz.md").write_text("\n".join(table(result)) + "\n")
-    print("\n".join(table(result)))
+    if arguments.only:
+        print("\n".join(table(result)))
+    else:
+        publish("fuzz", result, table(result))
     return int(any(r["crashes"] or r["exit_status"] for r in runs))
 
 

@@ -8,19 +8,16 @@ predictions made on the way. Writes `results/memo.{json,md}`.
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.shifts import N_WINDOW, load_shift
-from bench.stamp import stamp
+from bench.stamp import publish, stamp
 from tta.adapter.memo import Memo
 from tta.adapter.starts import starts_of
 
-RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (5e-3, 5e-4)  # the authors' for CIFAR, and a tenth of it
 TUNED = ("all", "block1", "head")
 
@@ -63,7 +60,7 @@ def measure(name: str, n_images: int) -> dict[str, Any]:
     return found
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> list[str]:
     """The results as Markdown: the better learning rate of each row."""
     lines = [
         "# Without labels, one image at a time (MEMO)",
@@ -87,7 +84,7 @@ def table(result: dict[str, Any]) -> str:
                     )
                     cells.append(f"{best['accuracy']:.1f} ({best['second_half']:.1f})")
             lines.append(f"| {start}, {mode} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> int:
@@ -103,9 +100,7 @@ def main() -> int:
         "images": arguments.images,
         "shifts": {s: measure(s, arguments.images) for s in arguments.shift or ("gaussian_noise", "contrast")},
     }
-    (RESULTS / "memo.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "memo.md").write_text(table(result))
-    print(json.dumps(result, indent=1) if arguments.json else table(result))
+    publish("memo", result, table(result), arguments.json)
     return 0
 
 

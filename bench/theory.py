@@ -17,16 +17,14 @@ step size of a grid. Writes `results/theory.{json,md,png}`.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.stamp import stamp
+from bench.stamp import RESULTS, publish, stamp
 
-RESULTS = Path(__file__).parent / "results"
 DIMENSION, WIDTH = 20, 4
 GAIN, SCALE = 20.0, 3.0
 POINTS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 40)
@@ -90,7 +88,7 @@ def experiment(kind: str) -> dict[str, dict[str, float]]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> list[str]:
     """The results as Markdown."""
     lines = [
         "# Which layer, in theory",
@@ -102,7 +100,7 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", f"**{kind}**", "", "| tuned | " + " | ".join(f"{n} points" for n in POINTS) + " |"]
         lines.append("| --- |" + " --- |" * len(POINTS))
         lines += [f"| {t} | " + " | ".join(f"{found[t][str(n)]:.2g}" for n in POINTS) + " |" for t in TUNED]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -138,10 +136,8 @@ def main() -> int:
         **stamp("python -m bench.theory"),
         "shifts": {k: experiment(k) for k in ("input perturbation", "label scaling")},
     }
-    (RESULTS / "theory.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "theory.md").write_text(table(result))
+    publish("theory", result, table(result), arguments.json)
     draw(result, RESULTS / "theory.png")
-    print(json.dumps(result, indent=1) if arguments.json else table(result))
     return 0
 
 

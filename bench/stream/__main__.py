@@ -26,12 +26,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import cifar
-from bench.stamp import code_hash, stamp
+from bench.stamp import RESULTS, code_hash, publish, stamp
 from bench.stream import report
 from bench.stream.data import N_REFERENCE, N_VISITS, stream
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "bench" / "results"
 SEEDS = 3
 # What differs from the defaults. The first attempt is with the labels a corruption has, and nothing depends on seconds:
 # a budget would make a run that is held up (other work on the machine, a debugger) differ from one that is not.
@@ -208,13 +206,9 @@ def main() -> int:
     found += [earlier[name] for name in missing if name in earlier]
     missing = [name for name in missing if name not in earlier]
     result = {**stamp("python -m bench.stream"), "missing": missing, "cells": [report.condensed(f) for f in found]}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "stream.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = "\n".join(report.tables(result)) + "\n"
-    (RESULTS / "stream.md").write_text(text)
+    publish("stream", result, report.tables(result), arguments.json)
     (RESULTS / "stream_summary.md").write_text("\n".join(report.summary(result)) + "\n")
     report.draw(result, RESULTS / "stream.png")
-    print(json.dumps(result, indent=1) if arguments.json else text)
     return 0
 
 
