@@ -54,7 +54,7 @@ SHORT = 2  # visits of the runs with late or wrong labels
 CODE = ("bench/stream/data.py", "bench/corruptions.py", "bench/cifar.py")
 DECIDING = (
     *("case", "cycle", "daemon", "gate", "labels", "ledger", "library", "operation"),
-    *("rehearsals", "treatment", "watch"),
+    *("probation", "recall", "rehearsals", "treatment", "watch"),
 )
 OUR_CODE = (
     *("tta/adapter", "tta/monitor", "tta/bundle.py", "tta/server/predictor.py"),

@@ -380,7 +380,7 @@ class Control:
             "class_statistic": round(watch.monitor.classes.statistic, 4),
             "conformal_statistic": round(watch.monitor.conformal.statistic, 4),
             "label_statistic": round(watch.label_statistic, 6),
-            "accuracy": treatment.accuracy(),
+            "accuracy": treatment.probation.accuracy(),
             "arl": watch.arl,
             "realised_arl": round(calibration.realised),
             "stickiness": {"repeat": calibration.stickiness.repeat, "class_run": calibration.stickiness.class_run},

@@ -17,14 +17,15 @@ from tta.daemon import gate
 from tta.daemon.case import NEW, Case
 from tta.daemon.clock import Clock
 from tta.daemon.cycle import Cycle, Event, State
-from tta.daemon.labellers import PairedTests
 from tta.daemon.labels import LabelBuffer, Labelled
 from tta.daemon.ledger import Ledger, stack_inputs
 from tta.daemon.library import HOME, Library, Regime
-from tta.daemon.links import AdapterLink, Outputs, ShadowLink, VersionFolder
+from tta.daemon.links import AdapterLink, ShadowLink
 from tta.daemon.metrics import Metrics
-from tta.daemon.operation import MIN_WINDOW, Conclusion, Operation, arrays_of
+from tta.daemon.operation import MIN_WINDOW, Conclusion, Operation
+from tta.daemon.probation import Contest, Probation
 from tta.daemon.processes import Logger
+from tta.daemon.recall import RecallByLabels
 from tta.daemon.rehearsals import Rehearsals
 from tta.daemon.servers import Servers
 from tta.daemon.store import Store
@@ -37,9 +38,6 @@ from tta.versions import SOURCE
 
 Array = npt.NDArray[Any]
 HARM_P_VALUE = 0.05  # errors must be up by more than chance before weights are touched
-RECALL_LABELS = 8  # labels for a first attempt to recognise an output-level regime; then twice as many
-RECALL_CANDIDATES = 4  # regimes tried by labels, the last used first
-ACCURACY_WINDOW = 100  # labels in the accuracy gauges
 MIN_OUTCOMES = 16  # labelled predictions under which nothing can be said of the errors
 WARM_STARTS = 2  # cured regimes most like the present one, from which an operation may also start
 NEVER = 1 << 40  # images
@@ -47,7 +45,6 @@ MOVES, MOVES_WITHIN = 3, 1024  # times that unknown traffic may move on, within 
 RELIEF = "relief"  # why a version made without labels serves
 MORE = 2  # times as many, and it is made again
 MORE_FEEDBACK = 64  # answers called right or wrong, and it is made of them too; then of `MORE` times as many
-FIRST_RATES = 16  # outcomes of a version after which feedback first judges it; then of twice as many
 MAX_CLASS_RUN = 3.0  # classes that come in longer runs would spoil the estimate
 JUDGED_SAMPLES = 256  # after which a shift is taken for harmless unless it looks harmful
 UNSAVED_US = 10_000_000  # that may have passed since the state was saved last
@@ -79,11 +76,12 @@ class Treatment:
         self.library = library
         self.watch = watch
         self.metrics = metrics
-        self.shadow = shadow
         self.servers = servers
         self.adapter = adapter
         self.operation = operation
         self.rehearsals = Rehearsals(config, store, labels, library, shadow, operation, self.record)
+        self.recall = RecallByLabels(config, store, labels, library, watch, shadow)
+        self.probation = Probation(config, store, labels, shadow, metrics, self._contest, self.happen)
         self.cycle = Cycle()
         self.case = Case()
         self.sequence = 0  # of the next observed sample
@@ -93,12 +91,6 @@ class Treatment:
         self.events: deque[dict[str, Any]] = deque(maxlen=200)
         self.told: Callable[[dict[str, Any]], None] = lambda event: None  # of each event, as it happens
         self._log = log
-        self._paired = self._fresh_tests()
-        self._rates_at, self._rate_looks = FIRST_RATES, 0
-        self._probation_from: float | None = None
-        self._right: dict[str, deque[bool]] = {m: deque(maxlen=ACCURACY_WINDOW) for m in ("serving", "source")}
-        self._recall_at = RECALL_LABELS
-        self._recalling = False
         self._suspicion: Finding | None = None
         self._labelled_at = 0  # place of the stream at which the last labels came
         self._moves: deque[int] = deque(maxlen=MOVES)  # places at which unknown traffic moved on
@@ -143,7 +135,7 @@ class Treatment:
         if self.case.regime not in self.library.regimes:
             self.case.regime = HOME
         if state is State.PROBATION:
-            self._probation_from = time.monotonic()
+            self.probation.go_on()
         self._unfinished = self.case.swap_to is not None
         self.watch.enter(self.regime, self.sequence)
         if state in (State.DRIFTED, State.ADAPTING):
@@ -216,9 +208,6 @@ class Treatment:
     def acting(self) -> bool:
         """Whether decisions may change what is served."""
         return not self.case.paused and self.config.mode != "off"
-
-    def _folder(self, version: int) -> VersionFolder:
-        return version, self.store.folder(version)
 
     # -- events -------------------------------------------------------------------------------------------
 
@@ -318,7 +307,7 @@ class Treatment:
         self.case.looks, self.case.actionable, self.case.keys, self.case.accepted = 0, None, (), False
         self.case.proven, self.case.relief, self.case.feedback = None, 0, 0
         self.diagnosis = None
-        self._recall_at = RECALL_LABELS
+        self.recall.begin()
         self._suspicion = None
         self.watch.look_from(onset)
 
@@ -500,9 +489,6 @@ class Treatment:
         ]
         for row in own:
             wrong = row.label is None or row.label != row.predicted
-            self._right["serving"].append(not wrong)
-            if self.case.serving == SOURCE:
-                self._right["source"].append(not wrong)
             alarmed = self.watch.label(row.sequence, wrong, row.confidence if row.version == SOURCE else None)
             if alarmed and self.cycle.state is State.STABLE:
                 onset = self.watch.error_onset()
@@ -514,67 +500,18 @@ class Treatment:
                 self.happen(
                     Event.ALARM, cause="labels", statistic=round(self.watch.label_statistic, 3), onset=onset
                 )
-        with_image = [r for r in own if r.x is not None and r.label is not None and not r.feedback]
-        if self._probing() and any(r.feedback for r in own):
-            self._compare_rates()
-        if with_image and (self.case.serving != SOURCE or self._probing()):
-            self._compare(with_image)
-        for model, right in self._right.items():
-            if right:
-                self.metrics.accuracy.labels(model).set(sum(right) / len(right))
+        self.probation.take(own)
 
-    def _compare(self, rows: list[Labelled]) -> None:
-        """Run source and previous version on live labels."""
-        x, y = arrays_of(rows)
-        serving, probing = self.case.serving, self._probing()
-        versions = [self._folder(SOURCE), *([self._folder(self._rival())] if probing else [])]
-
-        def then(outputs: Outputs | None) -> None:
-            if outputs is None or self.case.serving != serving:
-                return
-            right = [logits.argmax(axis=1) == y for logits, _ in outputs]
-            if serving != SOURCE:
-                self._right["source"].extend(bool(r) for r in right[0])
-            if not probing or not self._probing():
-                return
-            for row, was_right in zip(rows, right[1], strict=True):
-                self._paired.update(row.client, row.label == row.predicted, bool(was_right))
-            if self._paired.disagrees and self.acting:
-                self.happen(
-                    Event.DISAGREED,
-                    labels=self._paired.all.n_labels,
-                    new_only=self._paired.all.new_only,
-                    previous_only=self._paired.all.previous_only,
-                )
-
-        self.shadow.ask(versions, x, then)
-
-    def _fresh_tests(self) -> PairedTests:
-        return PairedTests(self.config.gate.rollback_alpha, self.labels.labellers().limited)
-
-    def _compare_rates(self) -> None:
-        """How often were serving version and the one before called wrong, each on its own samples of the shift?
-
-        Feedback does not say what another version should have answered, so the two cannot be paired.
-        """
-        new, old = (self.labels.outcomes(self.case.onset, v) for v in (self.case.serving, self._rival()))
-        if new[0] < self._rates_at or not old[0] or not self.acting:
-            return
-        self._rates_at, self._rate_looks = 2 * new[0], self._rate_looks + 1
-        spent = 0.5**self._rate_looks  # all looks together spend no more than the whole
-        evidence = {"answers": new[0], "wrong": new[1], "previous_answers": old[0], "previous_wrong": old[1]}
-        onset, versions = self.case.onset, (self.case.serving, self._rival())
-        without = [
-            tuple(self.labels.outcomes(onset, version, client) for version in versions)
-            for client in self.labels.labellers().limited
-        ]
-        p_worse, p_better = gate.compare_rates(new, old, without)
-        if p_worse <= spent * self.config.gate.rollback_alpha:
-            self.happen(Event.DISAGREED, p_val=round(p_worse, 6), **evidence)
-        elif self._relieved() and p_better <= spent * self.config.gate.alpha and self.watch.knows_shift():
-            verdict = {"outcome": "accepted", "reason": "called wrong less often", "p_val": p_better, **evidence}
-            self.store.amend(self.case.serving, verdict=verdict)
-            self.happen(Event.CONFIRMED, p_val=round(p_better, 6), **evidence)
+    def _contest(self) -> Contest:
+        """What live labels are to decide now."""
+        relieved = self._relieved()
+        return Contest(
+            self.case.serving,
+            self._rival() if self._probing() else None,
+            self.case.onset,
+            self.acting,
+            relieved and self.watch.knows_shift(),
+        )
 
     def _probing(self) -> bool:
         """Whether live labels compare the serving version with the one before."""
@@ -599,10 +536,8 @@ class Treatment:
         self.weigh()
         if self.cycle.state is State.DRIFTED and not self.case.proposal:
             have = self.labels.count(self.case.onset)
-            by_labels = self.case.cause == "labels" or self.config.library.recall == "confirm"
-            if self.acting and by_labels and not self._recalling and have >= self._recall_at:
-                self._recall_at = 2 * have
-                self._recall_by_labels()
+            if self.acting and self.recall.is_due(self.case, have):
+                self.recall.ask(self.case, have, self.next_alpha(), self._recall_by_labels)
             # A restarted daemon has to see the traffic again before it judges it.
             seen = self.watch.n_since() >= WINDOW
             if have >= self.case.wanted and (seen or self.case.forced):
@@ -617,12 +552,11 @@ class Treatment:
                     self._act_on_it(cause="labels")
                 else:
                     self.happen(Event.HARMLESS, labels=have, kind=self.case.kind)
-        elif self.cycle.state is State.PROBATION and self._probation_from is not None and self.acting:
-            elapsed = time.monotonic() - self._probation_from
-            enough = self._paired.all.n_labels >= self.config.gate.probation_labels
+        elif self.cycle.state is State.PROBATION and self.acting:
+            survived = self.probation.survived()
             known = self.target is not None or self.case.kind == "output" or self.watch.knows_shift()
-            if known and (enough or elapsed >= self.config.gate.probation_s):
-                self.happen(Event.CONFIRMED, labels=self._paired.all.n_labels, seconds=round(elapsed, 3))
+            if survived is not None and known:
+                self.happen(Event.CONFIRMED, **survived)
         elif self._is_idle() and self.rehearsals.due():
             self.rehearsals.begin()
 
@@ -656,42 +590,14 @@ class Treatment:
         null = min(0.99, max(0.005, 1 - usual + self.config.monitor.error_tolerance))
         return n, wrong, binomial_tail(wrong, n, null)
 
-    def _recall_by_labels(self) -> None:
-        """Recognise a regime by labels: one without features of its own, home, or one that labels must confirm."""
-        alike = set[int]()
-        if self.case.cause == "labels":
-            alike |= {n for n, r in self.library.regimes.items() if r.fingerprint is None or n == HOME}
-        if self.case.cause != "labels" or self.config.library.recall == "confirm":
-            alike |= {r.number for r in self.watch.nearest_regimes(WARM_STARTS)}
-        others = [r for n, r in self.library.regimes.items() if n in alike and r.version != self.case.serving]
-        others.sort(key=lambda r: -r.last_used)
-        candidates = others[:RECALL_CANDIDATES]
-        limit = self.config.adapt.max_labels
-        rows = [r for fit in (True, False) for r in self.labels.select(self.case.onset, fit, limit)]
-        if not candidates or not rows:
+    def _recall_by_labels(self, regime: Regime | None, verdict: gate.Verdict) -> None:
+        """Labels have told which regime it is, or that it is none of those it may be."""
+        if self.cycle.state is not State.DRIFTED or not self.acting or self.swapping:
             return
-        alpha = self.next_alpha() / len(candidates)
-        x, y = arrays_of(rows)
-        versions = [self._folder(self.case.serving), *(self._folder(r.version) for r in candidates)]
-        limited = self.labels.labellers().limited
-        self._recalling = True
-
-        def then(outputs: Outputs | None) -> None:
-            self._recalling = False
-            if outputs is None or self.cycle.state is not State.DRIFTED or not self.acting or self.swapping:
-                return
-            self.case.looks += 1
-            serving, *rights = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
-            best = max(range(len(rights)), key=lambda i: sum(rights[i]))
-            regime, right = candidates[best], rights[best]
-            verdict = gate.judge(right, serving, right, None, alpha)
-            gave = [r.client for r in rows]
-            verdict = gate.without_each(verdict, right, serving, right, gave, limited)
-            if verdict.outcome == "accepted" and gate.does_as_well(right, regime.accuracy):
-                self.case.target = regime.number
-                self.happen(Event.KNOWN, regime=regime.number, recalled_version=regime.version, **verdict.fields())
-
-        self.shadow.ask(versions, x, then)
+        self.case.looks += 1
+        if regime is not None:
+            self.case.target = regime.number
+            self.happen(Event.KNOWN, regime=regime.number, recalled_version=regime.version, **verdict.fields())
 
     # -- actions, named as in cycle.Action -----------------------------------------------------------
 
@@ -823,7 +729,7 @@ class Treatment:
         # On disk before the server is asked: a daemon killed in between finishes the swap.
         self.case.swap_to, self.case.swap_regime, self.case.swap_reason = version, regime, reason
         self.save()
-        self._probation_from = None
+        self.probation.end()
         if version == self.case.serving:
             self._served(version, regime, reason)
             return
@@ -866,11 +772,7 @@ class Treatment:
         case.serving, case.regime, case.since = version, regime, self.sequence
         if reason != RELIEF:
             case.proven = None
-        self._paired = self._fresh_tests()
-        self._rates_at, self._rate_looks = FIRST_RATES, 0
-        self._probation_from = time.monotonic()
-        for right in self._right.values():
-            right.clear()
+        self.probation.begin()
         self.metrics.version.set(version)
         self.metrics.regime.set(regime)
         self.record("swapped", reason=reason, serving=version, regime=regime)
@@ -905,7 +807,7 @@ class Treatment:
         else:
             found = None if self.case.kind == "output" else self.watch.fingerprint()
             self._add_regime(self.case.kind, self._accuracy_of_cure(), found, self.sequence, self.case.keys)
-        self._probation_from = None
+        self.probation.end()
         self.servers.release()
         self.metrics.regime.set(self.case.regime)
 
@@ -935,10 +837,6 @@ class Treatment:
         self.case.actionable, self.case.keys = None, ()
         self.watch.excluded.clear()
         self.watch.enter(self.regime, self.sequence)
-
-    def accuracy(self) -> dict[str, float]:
-        """Of serving and source on the last labels of this version's service."""
-        return {m: round(sum(right) / len(right), 4) for m, right in self._right.items() if right}
 
     def reconcile(self, version: int) -> None:
         """A server says what it serves; if that is not what we believe, make it so, or believe it."""
