@@ -290,6 +290,24 @@ def test_a_connection_that_is_refused_when_it_comes_back_says_so(guarded: Guarde
         asyncio.run(go())
 
 
+def test_the_largest_frame_is_the_same_with_keys(guarded: Guarded) -> None:
+    """A frame of just `max_message_bytes` is answered over CURVE, which adds to it, on both sockets."""
+    context = zmq.Context()
+    try:
+        for endpoint in (guarded.daemon.endpoint, guarded.daemon.control):
+            socket = connect(context, endpoint, 20.0, True, guarded.credentials("camera"))
+            socket.send_multipart(protocol.encode(protocol.Metadata(id=1)))
+            assert socket.poll(20_000)
+            n_bytes = protocol.decode_reply(socket.recv_multipart())[0]["max_message_bytes"]
+            request = protocol.encode(protocol.Ready(id=2))
+            socket.send_multipart([*request, bytes(n_bytes)])
+            assert socket.poll(20_000), "no answer"
+            assert protocol.decode_reply(socket.recv_multipart())[0]["id"] == 2
+            socket.close()
+    finally:
+        context.destroy(linger=0)
+
+
 def test_a_name_is_worth_something_beside_its_key_only(guarded: Guarded) -> None:
     """A request under another client's name and id is computed, not answered with what that client has asked."""
     context = zmq.Context()

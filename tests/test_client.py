@@ -11,6 +11,7 @@ import zmq
 
 import tta
 import tta.protocol
+from tests.waiting import until
 from tta.client import AsyncClient, Client
 from tta.errors import ConfigError, DeadlineError, InputError, PreconditionError, UnavailableError
 from tta.protocol import Status
@@ -53,27 +54,34 @@ def test_predict_label_and_status(daemon: DaemonProcess, stream: tuple) -> None:
 
 def test_what_is_too_large_is_not_sent(start_daemon: Callable[..., DaemonProcess], stream: tuple) -> None:
     """A frame beyond `server.max_message_bytes` is refused by both clients, and breaks no other request."""
-    daemon = start_daemon(**{"server.max_message_bytes": 1 << 20})
     x = np.concatenate([stream[0][:50]] * 8)
-    assert x.nbytes > 1 << 20
+    daemon = start_daemon(**{"server.max_message_bytes": x.nbytes - 1})
     with daemon.client() as client:
-        other = client.submit(x[:8])
-        with pytest.raises(InputError, match=f"{x.nbytes} bytes in one request: 1048576 are taken"):
+        others = [client.submit(x[:8]) for _ in range(20)]
+        with pytest.raises(InputError, match=f"{x.nbytes} bytes in one request: {x.nbytes - 1} are taken"):
             client.predict(x)
-        with pytest.raises(InputError, match="send fewer images"):
-            client.label(labels=[0] * len(x), x=x)
-        answers = dict(client.results(10.0))
+        largest = client.predict(x[:-1])
+        answers: dict = {}
+        until(lambda: answers.update(client.results(1.0)) or len(answers) == len(others), "the others' answers")
+    with daemon.client() as client, pytest.raises(InputError, match="send fewer"):
+        client.label(labels=[0] * len(x), x=x)
 
-    async def predict_and_label() -> None:
+    async def refused(call: str, *arguments: object, **named: object) -> None:
         async with AsyncClient(daemon.endpoint, daemon.control) as client:
-            with pytest.raises(InputError, match="send fewer images"):
-                await client.predict(x)
-            with pytest.raises(InputError, match="send fewer images"):
-                await client.label(labels=[0] * len(x), x=x)
+            with pytest.raises(InputError, match="send fewer"):
+                await getattr(client, call)(*arguments, **named)
 
-    asyncio.run(predict_and_label())
-    assert list(answers) == [other]
-    assert len(answers[other].classes) == 8
+    asyncio.run(refused("predict", x))
+    asyncio.run(refused("label", labels=[0] * len(x), x=x))
+    assert len(largest.classes) == len(x) - 1
+    assert all(len(answers[other].classes) == 8 for other in others)
+
+
+def test_a_large_request_keeps_its_deadline() -> None:
+    """Where nobody answers, what the server takes is asked no longer than the request may wait."""
+    port = free_ports(1)[0]
+    with Client(f"tcp://127.0.0.1:{port}", timeout_s=3600.0) as client, pytest.raises(DeadlineError):
+        client.predict(np.zeros((400, 32, 32, 3), np.uint8), deadline_s=0.1)
 
 
 def test_bad_labels_are_refused_and_store_nothing(daemon: DaemonProcess, stream: tuple) -> None:

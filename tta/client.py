@@ -10,8 +10,8 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -40,7 +40,6 @@ DEFAULT_CONTROL = "tcp://127.0.0.1:5556"
 MAX_WAITING = 64  # images that a blocking client holds back before `submit` waits
 ATTEMPTS = 4  # at most, of a request without an answer, in its time
 MAX_POLL_S = 60.0  # a poll takes no infinity
-ALWAYS_TAKEN = 1 << 20  # bytes of a frame that every server takes; what larger ones it takes its metadata say
 
 Images = npt.NDArray[np.uint8]
 Pictures = bytes | Sequence[bytes]  # JPEG or PNG files
@@ -135,7 +134,7 @@ def _refuse_larger(n_bytes: int, largest: float) -> None:
     if n_bytes > largest:
         raise InputError(
             f"{n_bytes} bytes in one request: {largest:.0f} are taken (`server.max_message_bytes`); "
-            "send fewer images a request"
+            "send fewer or smaller images"
         )
 
 
@@ -216,7 +215,7 @@ class _Connections:
         self._daemon: Connection | None = None
         self._name = secrets.token_hex(8)  # under which servers know a request that comes again
         self._ids = itertools.count(1)
-        self._largest: float | None = None  # bytes of a frame that the servers take, once that matters
+        self._largest: float = protocol.ALWAYS_TAKEN_BYTES  # of a frame that the servers are known to take
         self._outstanding = Outstanding(
             len(self._endpoints),
             self._name,
@@ -225,8 +224,10 @@ class _Connections:
             lambda: self._silence(self._servers, self._endpoints),
         )
 
-    def _add(self, content: Payload, deadline_s: float | None, key: str | None, observe: bool) -> int:
-        """Take a request for images or files; it goes with the next turn."""
+    def _add(
+        self, content: Payload, deadline_s: float | None, key: str | None, observe: bool, began: float
+    ) -> int:
+        """Take a request for images or files of a call that `began` then; it goes with the next turn."""
         dtype, shape, sizes, payload = content
         request = protocol.Predict(
             id=next(self._ids),
@@ -238,15 +239,15 @@ class _Connections:
             client=self._name,
             observe=observe,
         )
-        now = time.monotonic()
-        deadline = float("inf") if deadline_s is None else now + deadline_s
-        self._outstanding.add(request, [payload], shape[0], now + self.timeout_s, deadline)
+        deadline = float("inf") if deadline_s is None else began + deadline_s
+        self._outstanding.add(request, [payload], shape[0], began + self.timeout_s, deadline)
         return int(request.id)
 
-    def _add_question(self, request: protocol.Request) -> int | str:
+    def _add_question(self, request: protocol.Request, wait_s: float | None = None) -> int | str:
         """Take a request without images."""
         request.id = next(self._ids)
-        self._outstanding.add(request, [], 0, time.monotonic() + self.timeout_s)
+        wait_s = self.timeout_s if wait_s is None else min(wait_s, self.timeout_s)
+        self._outstanding.add(request, [], 0, time.monotonic() + wait_s)
         return request.id
 
     def _connect(self, endpoint: str, queue: bool = False, former: Connection | None = None) -> Connection:
@@ -287,6 +288,7 @@ class _Connections:
         """Take what the monitor of a server's connection tells."""
         try:
             if self._servers[endpoint].lost(message):
+                self._largest = protocol.ALWAYS_TAKEN_BYTES  # whoever answers next may take less
                 self._outstanding.lost(endpoint, time.monotonic())
         except UnauthenticatedError as error:
             self._outstanding.shut_out(endpoint, str(error))
@@ -392,12 +394,13 @@ class Client(_Connections):
     ) -> int:
         """Send a request without waiting for its answer, which comes out of `results`. Returns its id.
 
+        Before the first of more than 1 MiB it asks the server how much that takes.
         Where as many images are unanswered as the servers grant, `MAX_WAITING` more wait in the client; then this
         waits.
         """
-        content = _payload(x)
-        self._check_size(len(content[-1]), self._ask)
-        request_id = self._add(content, deadline_s, key, observe)
+        began, content = time.monotonic(), _payload(x)
+        self._check_size(len(content[-1]), deadline_s)
+        request_id = self._add(content, deadline_s, key, observe, began)
         self._turn(0.0)
         while self._outstanding.waiting_images > MAX_WAITING:
             self._turn(float("inf"))
@@ -455,7 +458,8 @@ class Client(_Connections):
             When this returns, joined labels are on disk.
         """
         frames = _label_request(next(self._ids), prediction_ids, labels, correct, x)
-        self._check_size(max(map(len, frames)), self.call)
+        if max(map(len, frames)) > protocol.ALWAYS_TAKEN_BYTES:
+            _refuse_larger(max(map(len, frames)), _largest_of(self.call(protocol.Metadata())))
         return list(self._exchange(frames)[0]["outcomes"])
 
     def ask(self, n: int = 16, images: bool = False) -> list[Question]:
@@ -546,15 +550,15 @@ class Client(_Connections):
                     return frames
         return None
 
-    def _check_size(self, n_bytes: int, ask: Callable[[protocol.Request], dict[str, Any]]) -> None:
-        """Refuse a frame for which the other side would close the connection, with all that is under way on it."""
-        if n_bytes > ALWAYS_TAKEN:
-            if self._largest is None:
-                self._largest = _largest_of(ask(protocol.Metadata()))
-            _refuse_larger(n_bytes, self._largest)
+    def _check_size(self, n_bytes: int, wait_s: float | None) -> None:
+        """Refuse a frame for which a server would close the connection, with all that is under way on it."""
+        if n_bytes > self._largest:
+            with suppress(DeadlineError):  # who does not answer this will not answer the request
+                self._largest = _largest_of(self._ask(protocol.Metadata(), wait_s))
+                _refuse_larger(n_bytes, self._largest)
 
-    def _ask(self, request: protocol.Request) -> dict[str, Any]:
-        return _opened(self._wait(self._add_question(request)))[0]
+    def _ask(self, request: protocol.Request, wait_s: float | None = None) -> dict[str, Any]:
+        return _opened(self._wait(self._add_question(request, wait_s)))[0]
 
     def _wait(self, request_id: int | str) -> Answer:
         while request_id not in self._outstanding.finished:
@@ -687,9 +691,9 @@ class AsyncClient(_Connections):
     ) -> Prediction:
         """Classify images; see `Client.predict`. A task that is cancelled cancels its request at the server."""
         self._check_open()
-        content = _payload(x)
-        await self._check_size(len(content[-1]), self._ask)
-        request_id = self._add(content, deadline_s, key, observe)
+        began, content = time.monotonic(), _payload(x)
+        await self._check_size(len(content[-1]), deadline_s)
+        request_id = self._add(content, deadline_s, key, observe, began)
         return _prediction(await self._answer(request_id))
 
     async def metadata(self) -> dict[str, Any]:
@@ -709,7 +713,8 @@ class AsyncClient(_Connections):
     ) -> list[str]:
         """Say what images really showed; see `Client.label`."""
         frames = _label_request(next(self._ids), prediction_ids, labels, correct, x)
-        await self._check_size(max(map(len, frames)), self.call)
+        if max(map(len, frames)) > protocol.ALWAYS_TAKEN_BYTES:
+            _refuse_larger(max(map(len, frames)), _largest_of(await self.call(protocol.Metadata())))
         return list((await self._exchange(frames))[0]["outcomes"])
 
     async def ask(self, n: int = 16, images: bool = False) -> list[Question]:
@@ -730,18 +735,16 @@ class AsyncClient(_Connections):
         """Every version in the store, oldest first."""
         return list((await self.call(protocol.Versions()))["versions"])
 
-    async def _check_size(
-        self, n_bytes: int, ask: Callable[[protocol.Request], Awaitable[dict[str, Any]]]
-    ) -> None:
+    async def _check_size(self, n_bytes: int, wait_s: float | None) -> None:
         """See `Client`."""
-        if n_bytes > ALWAYS_TAKEN:
-            if self._largest is None:
-                self._largest = _largest_of(await ask(protocol.Metadata()))
-            _refuse_larger(n_bytes, self._largest)
+        if n_bytes > self._largest:
+            with suppress(DeadlineError):
+                self._largest = _largest_of(await self._ask(protocol.Metadata(), wait_s))
+                _refuse_larger(n_bytes, self._largest)
 
-    async def _ask(self, request: protocol.Request) -> dict[str, Any]:
+    async def _ask(self, request: protocol.Request, wait_s: float | None = None) -> dict[str, Any]:
         self._check_open()
-        return _opened(await self._answer(self._add_question(request)))[0]
+        return _opened(await self._answer(self._add_question(request, wait_s)))[0]
 
     def _check_open(self) -> None:
         if not self._servers:

@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from tta.errors import ConfigError, InputError
+from tta.protocol import ALWAYS_TAKEN_BYTES
 from tta.signatures import check_signer
 
 # Besides the names of blocks. `race` chooses among blocks, `cross-validate` does so exhaustively, `diagnosis`
@@ -65,7 +66,7 @@ class ServerConfig(Section):
     queue_s: float = Field(
         5.0, gt=0, description="expected seconds of computation queued at most; more is refused"
     )
-    max_message_bytes: int = Field(64 << 20, ge=1 << 20, description="largest message taken, bytes")
+    max_message_bytes: int = Field(64 << 20, ge=ALWAYS_TAKEN_BYTES, description="largest frame taken, bytes")
     input_sample_rate: float = Field(1.0, ge=0, le=1, description="share of batches whose images the daemon keeps")
     observation_queue: int = Field(
         256, ge=1, description="batches queued for the daemon; more are dropped, counted"

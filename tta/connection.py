@@ -14,6 +14,7 @@ BROKEN_HANDSHAKES = 3  # in a row, after which a silent server has not just gone
 HANDSHAKE_MS = 5000  # that a connection may last without saying who it is
 REFUSED_S = 1.0  # after a refusal until somebody may have changed the list of clients
 NEXT_KEY_S = 0.05  # before the next of the daemon's keys is tried
+SEALED_BYTES = 64  # by which a frame may be longer on a connection with keys; 33 in libzmq 4.3.5
 LONGEST_RECONNECT_MS = 1000  # between two attempts to reach an endpoint
 EVENTS = (
     zmq.EVENT_DISCONNECTED
@@ -71,7 +72,7 @@ def prepare_listener(socket: Any, endpoint: str, max_message_bytes: int) -> None
     """Set what a ROUTER that clients connect to needs, before it is bound."""
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that cannot be delivered is an error, not silence
     # No ROUTER_HANDOVER: with heartbeats, a second client of the same identity aborts libzmq 4.3.5.
-    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + SEALED_BYTES)
     socket.setsockopt(zmq.LINGER, 1000)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))

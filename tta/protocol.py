@@ -38,6 +38,7 @@ from tta.errors import Code, InputError, ProtocolError, TTAError, from_wire
 PROTOCOL_VERSION = 1
 MAX_FRAMES = 2
 MAX_HEADER_BYTES = 1 << 16
+ALWAYS_TAKEN_BYTES = 1 << 20  # of a frame, by every server; what larger ones it takes its metadata say
 MAX_ID_CHARS = 256
 MAX_KEY_CHARS = 64
 MAX_CLIENT_CHARS = 64

@@ -86,6 +86,8 @@ def test_a_cure_is_recognised_although_few_labels_flattered_it() -> None:
     """A cure right on 80 % that 16 labels saw at 94 % is recognised by 32 more; one right on half is not."""
     assert does_as_well(correct(25, 32), 0.94)
     assert not does_as_well(correct(16, 32), 0.94)
+    assert not does_as_well(correct(4, 8), 0.94)
+    assert not does_as_well(correct(9, 16), 0.94)
     assert not does_as_well(correct(60, 100), 0.80)
     assert does_as_well(correct(66, 100), 0.80)
 

@@ -28,7 +28,7 @@ class Regime:
         number: 0 is home.
         version: that serves it best as far as is known.
         kind: of shift: "home", "input", "feature", "prior" or "output".
-        accuracy: of that version on labels of the regime, as last measured.
+        accuracy: of that version on labels of the regime: the gate's, and those till it was proven.
         fingerprint: in the source's coordinates; None for an output-level regime, whose features look like
             another's.
         last_used: sequence number of the stream when it was last served.

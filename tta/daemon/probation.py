@@ -22,15 +22,15 @@ FIRST_RATES = 16  # outcomes of a version after which feedback first judges it; 
 
 
 @dataclass(frozen=True)
-class Contest:
-    """What live labels are to decide now.
+class Comparison:
+    """What live labels are to compare now.
 
     Attributes:
         serving: version in service.
-        rival: that it is compared with; None if it is not on probation.
+        rival: that it is compared with; None if it is with none.
         onset: place of the stream from which their answers count.
         acting: whether the rival may be taken back.
-        provable: whether the serving version is one that labels have still to prove, and may now.
+        provable: whether the serving version was made without labels, so that they may prove it yet.
     """
 
     serving: int
@@ -44,7 +44,7 @@ class Probation:
     """Judges the version in service from its first label on. Owned by the daemon's main thread.
 
     Args:
-        contest: what is to be decided, asked anew whenever labels or answers come.
+        comparison: what is to be compared, asked anew whenever labels or answers come.
         happen: told `disagreed` or `confirmed` with the evidence.
     """
 
@@ -55,7 +55,7 @@ class Probation:
         labels: LabelBuffer,
         shadow: ShadowLink,
         metrics: Metrics,
-        contest: Callable[[], Contest],
+        comparison: Callable[[], Comparison],
         happen: Callable[..., bool],
     ) -> None:
         self._config = config
@@ -63,7 +63,7 @@ class Probation:
         self._labels = labels
         self._shadow = shadow
         self._metrics = metrics
-        self._contest = contest
+        self._comparison = comparison
         self._happen = happen
         self._paired = self._fresh_tests()
         self._rates_at, self._rate_looks = FIRST_RATES, 0
@@ -102,34 +102,34 @@ class Probation:
 
     def take(self, rows: Sequence[Labelled]) -> None:
         """Take new labels of answers of the version in service that nobody asked for."""
-        contest = self._contest()
+        pair = self._comparison()
         for row in rows:
             right = row.label is not None and row.label == row.predicted
             self._right["serving"].append(right)
-            if contest.serving == SOURCE:
+            if pair.serving == SOURCE:
                 self._right["source"].append(right)
-        if contest.rival is not None and any(row.feedback for row in rows):
-            self._compare_rates(contest)
-            contest = self._contest()  # it may be decided
+        if pair.rival is not None and any(row.feedback for row in rows):
+            self._compare_rates(pair)
+            pair = self._comparison()  # it may be decided
         with_image = [row for row in rows if row.x is not None and row.label is not None and not row.feedback]
-        if with_image and (contest.serving != SOURCE or contest.rival is not None):
-            self._compare(with_image, contest)
+        if with_image and (pair.serving != SOURCE or pair.rival is not None):
+            self._compare(with_image, pair)
         for model, share in self.accuracy().items():
             self._metrics.accuracy.labels(model).set(share)
 
-    def _compare(self, rows: list[Labelled], contest: Contest) -> None:
+    def _compare(self, rows: list[Labelled], pair: Comparison) -> None:
         """Run source and rival on live labels."""
         x, y = arrays_of(rows)
-        asked = [SOURCE, *([] if contest.rival is None else [contest.rival])]
+        asked = [SOURCE, *([] if pair.rival is None else [pair.rival])]
 
         def then(outputs: Outputs | None) -> None:
-            now = self._contest()
-            if outputs is None or now.serving != contest.serving:
+            now = self._comparison()
+            if outputs is None or now.serving != pair.serving:
                 return
             right = [logits.argmax(axis=1) == y for logits, _ in outputs]
             if now.serving != SOURCE:
                 self._right["source"].extend(bool(r) for r in right[0])
-            if contest.rival is None or now.rival is None:
+            if pair.rival is None or now.rival is None:
                 return
             for row, rival_right in zip(rows, right[1], strict=True):
                 self._paired.update(row.client, row.label == row.predicted, bool(rival_right))
@@ -144,15 +144,15 @@ class Probation:
 
         self._shadow.ask([(version, self._store.folder(version)) for version in asked], x, then)
 
-    def _compare_rates(self, contest: Contest) -> None:
+    def _compare_rates(self, pair: Comparison) -> None:
         """How often were serving version and rival called wrong, each on its own samples of the shift?
 
         Feedback does not say what another version should have answered, so the two cannot be paired.
         """
-        assert contest.rival is not None
-        onset, versions = contest.onset, (contest.serving, contest.rival)
+        assert pair.rival is not None
+        onset, versions = pair.onset, (pair.serving, pair.rival)
         new, old = (self._labels.outcomes(onset, version) for version in versions)
-        if new[0] < self._rates_at or not old[0] or not contest.acting:
+        if new[0] < self._rates_at or not old[0] or not pair.acting:
             return
         self._rates_at, self._rate_looks = 2 * new[0], self._rate_looks + 1
         spent = 0.5**self._rate_looks  # all looks together spend no more than the whole
@@ -164,9 +164,9 @@ class Probation:
         p_worse, p_better = gate.compare_rates(new, old, without)
         if p_worse <= spent * self._config.gate.rollback_alpha:
             self._happen(Event.DISAGREED, p_val=round(p_worse, 6), **evidence)
-        elif contest.provable and p_better <= spent * self._config.gate.alpha:
+        elif pair.provable and p_better <= spent * self._config.gate.alpha:
             verdict = {"outcome": "accepted", "reason": "called wrong less often", "p_val": p_better, **evidence}
-            self._store.amend(contest.serving, verdict=verdict)
+            self._store.amend(pair.serving, verdict=verdict)
             self._happen(Event.CONFIRMED, p_val=round(p_better, 6), **evidence)
 
     def _fresh_tests(self) -> PairedTests:

@@ -72,18 +72,19 @@ class RecallByLabels:
         x, y = arrays_of(rows)
         versions = [(v, self._store.folder(v)) for v in (case.serving, *(r.version for r in candidates))]
         limited = self._labels.labellers().limited
-        self._asking = True
+        self._asking, onset = True, case.onset
 
         def judge(outputs: Outputs | None) -> None:
             self._asking = False
-            if outputs is None:
+            if outputs is None or case.onset != onset:  # of a shift that is over
                 return
             serving, *rights = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
             best = max(range(len(rights)), key=lambda i: sum(rights[i]))
             regime, right = candidates[best], rights[best]
             verdict = gate.judge(right, serving, right, None, alpha / len(candidates))
             verdict = gate.without_each(verdict, right, serving, right, [r.client for r in rows], limited)
-            known = verdict.outcome == "accepted" and gate.does_as_well(right, regime.accuracy)
+            still = regime.number in self._library.regimes
+            known = still and verdict.outcome == "accepted" and gate.does_as_well(right, regime.accuracy)
             then(regime if known else None, verdict)
 
         self._shadow.ask(versions, x, judge)

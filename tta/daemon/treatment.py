@@ -23,7 +23,7 @@ from tta.daemon.library import HOME, Library, Regime
 from tta.daemon.links import AdapterLink, ShadowLink
 from tta.daemon.metrics import Metrics
 from tta.daemon.operation import MIN_WINDOW, Conclusion, Operation
-from tta.daemon.probation import Contest, Probation
+from tta.daemon.probation import Comparison, Probation
 from tta.daemon.processes import Logger
 from tta.daemon.recall import RecallByLabels
 from tta.daemon.rehearsals import Rehearsals
@@ -81,7 +81,7 @@ class Treatment:
         self.operation = operation
         self.rehearsals = Rehearsals(config, store, labels, library, shadow, operation, self.record)
         self.recall = RecallByLabels(config, store, labels, library, watch, shadow)
-        self.probation = Probation(config, store, labels, shadow, metrics, self._contest, self.happen)
+        self.probation = Probation(config, store, labels, shadow, metrics, self._comparison, self.happen)
         self.cycle = Cycle()
         self.case = Case()
         self.sequence = 0  # of the next observed sample
@@ -439,7 +439,7 @@ class Treatment:
                 self._add_regime(case.kind, self._measured_accuracy(), found, until, another=not relieved)
 
     def _wait_for_labels(self) -> None:
-        """A regime is recognised that labels must confirm (`_recall_by_labels`): till then it is a shift."""
+        """A regime is recognised that labels must confirm (`RecallByLabels`): till then it is a shift."""
         if self._suspicion is not None:
             self._raise_suspicion()
         elif self.cycle.state is State.STABLE:
@@ -502,10 +502,10 @@ class Treatment:
                 )
         self.probation.take(own)
 
-    def _contest(self) -> Contest:
-        """What live labels are to decide now."""
+    def _comparison(self) -> Comparison:
+        """What live labels are to compare now."""
         relieved = self._relieved()
-        return Contest(
+        return Comparison(
             self.case.serving,
             self._rival() if self._probing() else None,
             self.case.onset,
@@ -815,7 +815,11 @@ class Treatment:
         """On the gate's labels and on those of its own answers: the gate's alone flatter what they chose."""
         n_gate, accuracy = self.case.gate_labels, self.case.accuracy
         n, wrong = self.labels.outcomes(self.case.since, self.case.serving)
-        return (n_gate * accuracy + n - wrong) / (n_gate + n) if n_gate else accuracy
+        if not n_gate:
+            return accuracy
+        # What gets worse meanwhile must not raise the bar for what would be noticed.
+        tolerated = accuracy - self.config.monitor.error_tolerance
+        return max(tolerated, (n_gate * accuracy + n - wrong) / (n_gate + n))
 
     def _measured_accuracy(self) -> float:
         """Of the serving version since the onset; of its regime, less what is accepted, without labels."""
