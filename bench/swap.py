@@ -3,8 +3,9 @@
     python -m bench.swap [--model resnet20] [--swaps 1000] [--pairs 11]
 
 A server process under constant load (half of what it can do, open loop, one image a request) on two cores shared with
-the load. Rounds of three windows: one steady, one with a swap every 0.2 s, one beside a process that fine-tunes as the
-adapter does; in turning order, so that a noisy machine meets all alike. Then swaps without a pause until there were
+the load. Rounds of four windows: one steady, one with a swap every 0.2 s, one in which a process that has nothing to do
+with the server takes as much CPU as often as those swaps do, and as nicely (what is slower then is the machine's doing),
+one beside a process that fine-tunes as the adapter does; in turning order, so that a noisy machine meets all alike. Then swaps without a pause until there were
 enough. Three versions in turn, so that every swap builds a session. Every reply's logits are compared with those of the
 version it names. Writes `results/swap.{json,md,png}`.
 """
@@ -35,6 +36,7 @@ from tta.bundle import Bundle, load_bundle
 from tta.config import AdaptConfig
 from tta.daemon.store import Store
 from tta.scenario.load import Load, Measured, Reply, Wire, drive
+from tta.server.__main__ import BUILDER_NICE
 from tta.server.predictor import Predictor
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +46,17 @@ WINDOW_S, WARMUP_S, EVERY_S = 3.0, 0.5, 0.2
 LOAD_SHARE = 0.5
 SLOW = 3.0  # times the steady median
 
-WINDOWS = ("steady", "swapping", "training")
+WINDOWS = ("steady", "swapping", "busy", "training")
+# Takes so many seconds of CPU, and waits so many, in turn.
+BURN = """
+import os, sys, time
+os.nice(int(sys.argv[3]))
+while True:
+    end = time.process_time() + float(sys.argv[1])
+    while time.process_time() < end:
+        pass
+    time.sleep(float(sys.argv[2]))
+"""
 
 Json = dict[str, Any]
 Array = npt.NDArray[Any]
@@ -102,6 +114,17 @@ def training() -> Iterator[None]:
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@contextmanager
+def busy(seconds: float) -> Iterator[None]:
+    """A process that takes as much CPU as a swap every `EVERY_S`, and is as nice."""
+    argv = [sys.executable, "-c", BURN, str(seconds), str(EVERY_S), str(BUILDER_NICE)]
+    with subprocess.Popen(argv) as process:
         try:
             yield
         finally:
@@ -168,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.swap", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(SHAPES), default="resnet20", help="served")
     parser.add_argument("--swaps", type=int, default=1000, help="in all")
-    parser.add_argument("--rounds", type=int, default=11, help="of windows: steady, swapping, training")
+    parser.add_argument("--rounds", type=int, default=11, help=f"of windows: {', '.join(WINDOWS)}")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
     bundle = load_bundle(model_files(arguments.model)[0])
@@ -202,16 +225,20 @@ def measure(
 
     capacity = window(Load(outstanding=64, duration_s=WINDOW_S, warmup_s=WARMUP_S)).report()["requests_per_s"]
     load = Load(rate=LOAD_SHARE * capacity, duration_s=WINDOW_S, warmup_s=WARMUP_S, timeout_s=30.0)
+    beside = {"training": training, "busy": lambda: busy(_median_s(swapper)), "steady": nullcontext}
     rounds = []
+    for _ in range(3):  # so that what a swap takes is known
+        swapper.one()
     for number in range(arguments.rounds):
-        order = WINDOWS[number % 3 :] + WINDOWS[: number % 3]
+        turn = number % len(WINDOWS)
+        order = WINDOWS[turn:] + WINDOWS[:turn]
         found: Json = {}
         for which in order:
             before = len(swapper.done)
             if which == "swapping":
                 measured = swapper.during(EVERY_S, lambda: window(load))
             else:
-                with training() if which == "training" else nullcontext():
+                with beside[which]():
                     measured = window(load)
             seconds = sorted(s for values in measured.latencies_s.values() for s in values)
             found[which] = {
@@ -250,6 +277,11 @@ def measure(
     }
 
 
+def _median_s(swapper: Swapper) -> float:
+    """What a swap has taken, without the way there and back."""
+    return float(np.median([s["prepare_s"] for s in swapper.done]))
+
+
 def ratio(rounds: list[Json], which: str, to: str = "steady") -> list[float]:
     """Median ratio of a window's p99 to another's of its round, and where 95 % of bootstraps lie."""
     ratios = np.array([r[which]["p99"] / r[to]["p99"] for r in rounds])
@@ -274,7 +306,8 @@ def table(result: Json) -> list[str]:
         f"{result['date']}, commit {result['commit']}, `{result['command']}`; {result['model']}, one image a request,",
         f"{result['rate']:g} requests a second (half of what the server can do), {result['cores']} cores for server and",
         f"load; medians of {len(result['windows'])} interleaved rounds of {WINDOW_S:g} s windows: steady, a swap every",
-        f"{EVERY_S:g} s, and beside a process that fine-tunes as the adapter does.",
+        f"{EVERY_S:g} s, beside a process that takes as much CPU as often and nothing else, and beside one that fine-tunes",
+        "as the adapter does.",
         "",
         "| | " + " | ".join(WINDOWS) + " |",
         "| --- |" + " --- |" * len(WINDOWS),
@@ -282,8 +315,8 @@ def table(result: Json) -> list[str]:
         row("p99, ms", "p99", 1e3),
         row(f"slower than {SLOW:g} times the steady median, %", "slow", 100),
         "",
-        f"p99 against steady, median of the rounds (95 % of bootstraps): swapping {told['swapping']}, training",
-        f"{told['training']}.",
+        f"p99 against steady, median of the rounds (95 % of bootstraps): swapping {told['swapping']}, busy",
+        f"{told['busy']}, training {told['training']}.",
         "",
         f"{result['swaps']} swaps under load: {result['answered']:,} requests answered, {result['refused']} refused,",
         f"{result['unanswered']} unanswered, {result['wrong']} whose logits are not those of the version they name",
@@ -310,7 +343,7 @@ def write(result: Json, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for which, colour in zip(WINDOWS, ("#9a9a9a", "#1f6f4a", "#d9a441"), strict=True):
+    for which, colour in zip(WINDOWS, ("#9a9a9a", "#1f6f4a", "#7a5aa6", "#d9a441"), strict=True):
         left.plot([1e3 * r[which]["p99"] for r in result["windows"]], "o-", color=colour, label=which)
     left.set(xlabel="round", ylabel="p99, ms", ylim=(0, None))
     left.legend(frameon=False)
