@@ -123,8 +123,8 @@ def wanted(n_seeds: int) -> list[tuple[str, int, str, int]]:
         *core(rest, [0], CORE),
         *core(first, range(1, n_seeds), drawn),
         *core(rest, range(1, n_seeds), drawn),
-        *((shift, 1000, m, 0) for m in ("race", "all", "block1") for shift in CORE),
         *core(ABLATIONS, [0], CORE),
+        *((shift, 1000, m, 0) for m in ("race", "all", "block1") for shift in CORE),
     ]
 
 
