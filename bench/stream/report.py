@@ -82,24 +82,23 @@ def recall_delays(segments: Sequence[Json]) -> float | None:
 
 
 def pick(result: Json, method: str, **where: Any) -> list[Json]:
-    """Runs of a method on the whole stream, with labels at once and right unless told otherwise.
-
-    Those of earlier code only if there are none of the present.
-    """
+    """Runs of a method on the whole stream, with labels at once and right unless told otherwise."""
     where = {"visits": FEW_VISITS if method in FEW else N_VISITS, "delay": 0, "wrong": 0.0, **where}
-    runs = [c for c in result["cells"] if c["method"] == method and all(c[k] == v for k, v in where.items())]
-    return [c for c in runs if not c.get("earlier")] or runs
+    return [c for c in result["cells"] if c["method"] == method and all(c[k] == v for k, v in where.items())]
 
 
 def named(method: str, runs: Sequence[Json]) -> str:
-    """As shown, with a mark if the runs are of earlier code."""
+    """As shown, with a mark if runs are of earlier code."""
     return SHOWN[method] + (" †" if any(c.get("earlier") for c in runs) else "")
 
 
 def footnote(result: Json) -> list[str]:
     """What the mark means."""
     commits = sorted({c["commit"] for c in result["cells"] if c.get("earlier")})
-    return ["", f"† measured of earlier code, commit {', '.join(commits)}."] if commits else []
+    earlier = [(c["method"], c["seed"]) for c in result["cells"] if c.get("earlier") and c["visits"] == N_VISITS]
+    seeds = sorted(seed for method, seed in earlier if method == "tta")
+    which = f"; of **tta** seeds {', '.join(map(str, seeds))}" if seeds else ""
+    return ["", f"† with runs of earlier code, commit {', '.join(commits)}{which}."] if commits else []
 
 
 def mean(values: Sequence[float | None]) -> float | None:
