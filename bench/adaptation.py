@@ -285,6 +285,9 @@ def tables(result: Json) -> list[str]:
             name = f"**{method}**" if method == "race" else method
             lines.append(f"| {name} | " + " | ".join(row) + " |")
         lines += ["", "Race against the others, in points: " + "; ".join(margins(cells, n)) + "."]
+        gains = window_gains(cells, n)
+        if gains:
+            lines += ["", "The window's worth on the same draws, in points: " + "; ".join(gains) + "."]
     lines += corruption_table(cells)
     lines += decision_lines(cells)
     lines += cost_table(cells)
@@ -316,6 +319,22 @@ def summary(result: Json) -> list[str]:
 def number(value: float | None) -> str:
     """A table's cell."""
     return "missing" if value is None else f"{value:.1f}"
+
+
+def window_gains(cells: Json, n: int) -> list[str]:
+    """What the unlabelled window adds to a method, on the draws of the labels that have both."""
+    found = []
+    corruptions = [s for s in CORE if s in CORRUPTIONS]
+    for method in ABLATIONS:
+        alone = method.removesuffix(" + window")
+        for title, shifts in (("corruptions", corruptions), *((s, [s]) for s in CORE if s not in corruptions)):
+            both = [[cells.get(s, {}).get(str(n), {}).get(m, {}) for m in (method, alone)] for s in shifts]
+            gains = [
+                w["accuracy"] - a[seed]["accuracy"] for own, a in both for seed, w in own.items() if seed in a
+            ]
+            if gains:
+                found.append(f"{alone} on {title} {np.mean(gains):+.1f}")
+    return found
 
 
 def margins(cells: Json, n: int) -> list[str]:

@@ -458,8 +458,8 @@ class Client(_Connections):
             When this returns, joined labels are on disk.
         """
         frames = _label_request(next(self._ids), prediction_ids, labels, correct, x)
-        if max(map(len, frames)) > protocol.ALWAYS_TAKEN_BYTES:
-            _refuse_larger(max(map(len, frames)), _largest_of(self.call(protocol.Metadata())))
+        if (n_bytes := max(map(len, frames))) > protocol.ALWAYS_TAKEN_BYTES:
+            _refuse_larger(n_bytes, _largest_of(self.call(protocol.Metadata())))
         return list(self._exchange(frames)[0]["outcomes"])
 
     def ask(self, n: int = 16, images: bool = False) -> list[Question]:
@@ -713,8 +713,8 @@ class AsyncClient(_Connections):
     ) -> list[str]:
         """Say what images really showed; see `Client.label`."""
         frames = _label_request(next(self._ids), prediction_ids, labels, correct, x)
-        if max(map(len, frames)) > protocol.ALWAYS_TAKEN_BYTES:
-            _refuse_larger(max(map(len, frames)), _largest_of(await self.call(protocol.Metadata())))
+        if (n_bytes := max(map(len, frames))) > protocol.ALWAYS_TAKEN_BYTES:
+            _refuse_larger(n_bytes, _largest_of(await self.call(protocol.Metadata())))
         return list((await self._exchange(frames))[0]["outcomes"])
 
     async def ask(self, n: int = 16, images: bool = False) -> list[Question]:

@@ -36,8 +36,8 @@ def become_worker(nice: int, parent: int) -> None:
 def _ask_for_long_slices() -> None:
     """Give way at once to whoever wakes and asks for shorter ones, as all do that do not ask: since Linux 6.12.
 
-    The share of the time stays what niceness says. Beside a server at half load, p99 while the adapter trains went
-    from 2.6 to 2.1 times the steady one (eight pairs of windows); SCHED_IDLE changed nothing.
+    The share of the time stays what niceness says. Beside a server at half load, p99 while the adapter trains is
+    1.7 times the steady one with it, and was 2.9 times before (`bench.swap`); SCHED_IDLE changed nothing.
     """
     number = _SCHED_SETATTR.get(platform.machine())
     if number is None or platform.system() != "Linux":

@@ -28,7 +28,7 @@ def sign(
     served before, under `former`, are among them. The daemon must not run.
     """
     from tta.bundle import sign_bundle
-    from tta.daemon.deployment import FORMER
+    from tta.daemon.deployment import former_folders
     from tta.daemon.store import lock, sign_version
     from tta.errors import DeltaError
     from tta.signatures import SigningKey
@@ -47,8 +47,8 @@ def sign(
         return
     signed, refused = {}, {}
     with lock(path):
-        states = (path, *sorted(path.glob(f"{FORMER}/*")))
-        for folder in (f for state in states for f in filter(has_weights, version_folders(state).values())):
+        states = (path, *sorted(former_folders(path)))
+        for folder in [f for state in states for f in version_folders(state).values() if has_weights(f)]:
             try:
                 raw = (folder / "manifest.json").read_bytes()
                 manifest = load_version(folder)[0]

@@ -34,6 +34,11 @@ def former_folder(root: Path, sha256: str) -> Path:
     return root / FORMER / sha256[:HASH_CHARS]
 
 
+def former_folders(root: Path) -> list[Path]:
+    """Those there are."""
+    return list((root / FORMER).glob("*"))
+
+
 class Deployment:
     """The bundle of one state folder.
 
@@ -117,7 +122,7 @@ class Deployment:
         Raises:
             OSError: the disk refuses.
         """
-        former = list((self.root / FORMER).glob("*"))
+        former = former_folders(self.root)
         # A file's time goes with it: the state was written last when the bundle served last.
         former.sort(key=lambda folder: _mtime(folder / "state.json"))
         gone = former[: max(0, len(former) - keep)]

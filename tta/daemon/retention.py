@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tta.daemon.deployment import FORMER
+from tta.daemon.deployment import former_folders
 from tta.daemon.labels import EXPIRED_AT_A_TIME, LabelBuffer, erase_labels
 from tta.daemon.library import expire_images
 from tta.errors import UnavailableError
@@ -86,7 +86,7 @@ class Retention:
         return [path for folder in folders for pattern in SET_ASIDE for path in folder.glob(pattern)]
 
     def _former(self, pattern: str) -> Iterator[Path]:
-        for folder in list((self._root / FORMER).glob("*")):
+        for folder in former_folders(self._root):
             yield from list(folder.glob(pattern)) if pattern else [folder]
 
 

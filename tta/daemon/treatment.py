@@ -504,13 +504,12 @@ class Treatment:
 
     def _comparison(self) -> Comparison:
         """What live labels are to compare now."""
-        relieved = self._relieved()
         return Comparison(
             self.case.serving,
             self._rival() if self._probing() else None,
             self.case.onset,
             self.acting,
-            relieved and self.watch.knows_shift(),
+            self._relieved() and self.watch.knows_shift(),
         )
 
     def _probing(self) -> bool:
@@ -814,9 +813,9 @@ class Treatment:
     def _accuracy_of_cure(self) -> float:
         """On the gate's labels and on those of its own answers: the gate's alone flatter what they chose."""
         n_gate, accuracy = self.case.gate_labels, self.case.accuracy
-        n, wrong = self.labels.outcomes(self.case.since, self.case.serving)
-        if not n_gate:
+        if not n_gate:  # proven under an earlier release
             return accuracy
+        n, wrong = self.labels.outcomes(self.case.since, self.case.serving)
         # What gets worse meanwhile must not raise the bar for what would be noticed.
         tolerated = accuracy - self.config.monitor.error_tolerance
         return max(tolerated, (n_gate * accuracy + n - wrong) / (n_gate + n))
