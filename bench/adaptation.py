@@ -104,7 +104,7 @@ def run_cell(name: str, n_labels: int, method: str, seed: int) -> Json:
 
 
 def wanted(n_seeds: int) -> list[tuple[str, int, str, int]]:
-    """Every cell, the most telling first; `ONCE` and the ablations have one draw of the labels."""
+    """Every cell, the most telling first; `ONCE` has one draw of the labels."""
     first = ("source", "batch-norm", "race", "all", "block1", "head", "all-rates", "block2", "block3")
     rest = [m for m in PAPER if m not in first]
     others = [c for c in CORRUPTIONS if c not in CORE]
@@ -124,6 +124,7 @@ def wanted(n_seeds: int) -> list[tuple[str, int, str, int]]:
         *core(first, range(1, n_seeds), drawn),
         *core(rest, range(1, n_seeds), drawn),
         *core(ABLATIONS, [0], CORE),
+        *core(ABLATIONS, range(1, n_seeds), drawn),
         *((shift, 1000, m, 0) for m in ("race", "all", "block1") for shift in CORE),
     ]
 

@@ -169,7 +169,8 @@ def test_a_bundle_that_cannot_be_served_leaves_the_present_one_in_service(
     assert (sender.failures, set(sender.by)) == ([], {"old"})
     after = status(daemon)
     assert (after["bundle_sha256"], after["processes"]["server"]["pid"]) == (bundle.sha256, server)
-    assert after["events"][-1]["event"] == "deploy_failed"
+    # Traffic goes on meanwhile: it may raise an alarm after the refusal.
+    assert "deploy_failed" in [event["event"] for event in after["events"]]
     assert after["samples"] > 50  # the very same daemon, which knows its predictions still
 
 
