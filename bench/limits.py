@@ -3,7 +3,7 @@
     python -m bench.limits [--seconds 3]
 
 CPU microseconds of the server process, one core for it and one for the load, 64 requests outstanding, one image each:
-by thread, by image size, by number of clients; of each step of a request in this process alone; of the engine by batch
+by thread, by image size, by number of clients, with and without keys; of each step of a request in this process alone; of the engine by batch
 size; and what watching costs: the tapped graph against the same without taps, and with the taps of some blocks only.
 Writes `results/limits.{json,md,png}`.
 """
@@ -55,14 +55,16 @@ def threads(pid: int) -> dict[str, tuple[str, float]]:
     return found
 
 
-def loaded(model: str, n_clients: int, seconds: float) -> Json:
+def loaded(model: str, n_clients: int, seconds: float, keys: bool = False) -> Json:
     """Throughput, and CPU microseconds an image of the server's threads."""
     x = [np.random.default_rng(0).integers(0, 256, (1, *SHAPES[model]), np.uint8)]
     load = Load(outstanding=max(OUTSTANDING, n_clients), duration_s=seconds, warmup_s=0.0)
-    with serving("tta", model, 1, SERVER_CORE) as server:
-        drive(Wire([server.endpoint], x, load), [1], Load(outstanding=OUTSTANDING, duration_s=1.0, warmup_s=0.0))
+    with serving("tta", model, 1, SERVER_CORE, keys) as server:
+        warm_up = Load(outstanding=OUTSTANDING, duration_s=1.0, warmup_s=0.0)
+        drive(server.connect(x, warm_up), [1], warm_up)
         before = threads(server.process.pid)
-        measured = drive(Wire([server.endpoint] * n_clients, x, load), [1], load)
+        wire = Wire([server.endpoint] * n_clients, x, load, server.credentials)
+        measured = drive(wire, [1], load)
         after = threads(server.process.pid)
     by_role: dict[str, float] = {}
     for task, (role, cpu_s) in after.items():
@@ -195,10 +197,10 @@ def table(result: Json) -> list[str]:
         "| model | images/s | frontend thread | libzmq's thread | inference thread |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for model, found in result["sizes"].items():
+    for title, found in [*result["sizes"].items(), *((f"{m}, with keys", f) for m, f in result["keys"].items())]:
         cpu = found["cpu_us"]
         spent = " | ".join(f"{cpu.get(role, 0.0):.0f}" for role in ("frontend", "libzmq", "inference"))
-        lines.append(f"| {model} | {found['images_per_s']:,.0f} | {spent} |")
+        lines.append(f"| {title} | {found['images_per_s']:,.0f} | {spent} |")
     lines += ["", "**By number of clients** (identity, 32 pixels)", "", "| clients | images/s | CPU | p50, ms |"]
     lines += ["| --- | --- | --- | --- |"]
     for n, found in result["clients"].items():
@@ -269,6 +271,10 @@ def main() -> int:
     result: Json = {**stamp(" ".join(("python -m bench.limits", *sys.argv[1:])))}
     tell("image sizes")
     result["sizes"] = {m: loaded(m, 1, arguments.seconds) for m in (*SIZES, "resnet20")}
+    tell("keys")
+    result["keys"] = {
+        m: loaded(m, 1, arguments.seconds, keys=True) for m in ("identity", "identity@224", "resnet20")
+    }
     tell("clients")
     result["clients"] = {str(n): loaded("identity", n, arguments.seconds) for n in CLIENTS}
     tell("steps")

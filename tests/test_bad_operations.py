@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.waiting import until
+from tta.commands.versions import gate_line
 from tta.packaging.digits import digits
 from tta.protocol import Adapt
 from tta.scenario import DaemonProcess
@@ -52,9 +53,17 @@ def test_what_cannot_be_operated_on_says_why(
 def test_labels_that_contradict_each_other_move_nothing(start_daemon: Callable[..., DaemonProcess]) -> None:
     """One picture labelled as every class in turn gives a verdict in numbers, and nothing is promoted."""
     same = np.repeat(digits("stream", 1, seed=62)[0], 60, axis=0)
+    daemon = start_daemon(**QUIET)
 
-    event = verdict_on(start_daemon(**QUIET), same, np.arange(60) % 10)
+    event = verdict_on(daemon, same, np.arange(60) % 10)
 
     assert event["event"] == "not_accepted"
     assert event["n_labels"] > 0
     assert event["outcome"] in ("rejected", "undecided")
+    with daemon.client() as client:
+        (turned_down,) = (v for v in client.versions() if v["version"] == event["candidate"])
+    assert not turned_down["has_weights"]
+    assert turned_down["verdict"] == {name: event[name] for name in turned_down["verdict"]}
+    listed = gate_line(turned_down)
+    assert listed.startswith(f"{event['outcome']}, {event['reason']}: ")
+    assert f" on {event['n_labels']} labels" in listed

@@ -128,7 +128,7 @@ class Status(Request, tag_field="op", tag="status", omit_defaults=True, kw_only=
 
 
 class Versions(Request, tag_field="op", tag="versions", omit_defaults=True, kw_only=True):
-    """Ask for all versions in the store with their verdicts."""
+    """Ask for all versions with their verdicts, those among them that the gate turned down."""
 
 
 class Rollback(Request, tag_field="op", tag="rollback", omit_defaults=True, kw_only=True):
@@ -262,7 +262,10 @@ REPLIES: dict[str, dict[str, str]] = {
         "device": "of the servers",
         "events": "the last 20",
     },
-    "versions": {"versions": "each version's manifest without hashes, and `serving`; the source first"},
+    "versions": {
+        "versions": "each version's manifest without hashes, `serving`, and `has_weights`: false where the gate "
+        "has turned it down; the source first",
+    },
     "rollback": {"version": "in service now"},
     "reset": {"version": "in service now: 0"},
     "pause": {"paused": "true"},

@@ -22,6 +22,7 @@ from bench.cifar import CACHE
 from bench.serving.http import Http
 from bench.serving.models import SHAPES, model_files
 from tta.config import ServerConfig
+from tta.keys import Credentials, read_public_key, write_key_pair
 from tta.scenario import free_ports
 from tta.scenario.load import Load, Transport, Wire, drive
 from tta.server.options import ServerOptions
@@ -88,12 +89,14 @@ class Running:
         connect: makes a transport for batches.
         endpoint: of tta's server.
         admin: where tta's server takes the daemon's commands.
+        credentials: what a client shows, where tta's server asks for keys.
     """
 
     process: subprocess.Popen[bytes]
     connect: Callable[[Batches, Load], Transport]
     endpoint: str = ""
     admin: str = ""
+    credentials: Credentials | None = None
 
     def cpu_s(self) -> float:
         """CPU seconds of all its processes so far."""
@@ -106,7 +109,7 @@ class Running:
 
 
 @contextmanager
-def serving(name: str, model: str, n_images: int, core: int | None) -> Iterator[Running]:
+def serving(name: str, model: str, n_images: int, core: int | None, keys: bool = False) -> Iterator[Running]:
     """Run a server while the block lasts.
 
     Args:
@@ -114,13 +117,16 @@ def serving(name: str, model: str, n_images: int, core: int | None) -> Iterator[
         model: of `SHAPES`.
         n_images: a request.
         core: it may use; None: all.
+        keys: whether tta's server asks for keys, so that the connection is encrypted.
 
     Raises:
         RuntimeError: it does not answer in time; the message holds the end of its log.
     """
-    start = _start_tta if name == "tta" else _start_peer
     with tempfile.TemporaryDirectory() as folder:
-        running = start(name, model, n_images, core, Path(folder))
+        if name == "tta":
+            running = _start_tta(model, n_images, core, Path(folder), keys)
+        else:
+            running = _start_peer(name, model, n_images, core, Path(folder))
         try:
             yield running
         finally:
@@ -129,7 +135,7 @@ def serving(name: str, model: str, n_images: int, core: int | None) -> Iterator[
             running.process.wait()
 
 
-def _start_tta(name: str, model: str, n_images: int, core: int | None, folder: Path) -> Running:
+def _start_tta(model: str, n_images: int, core: int | None, folder: Path, keys: bool) -> Running:
     bundle, _ = model_files(model)
     endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
     settings = ServerConfig(
@@ -147,14 +153,21 @@ def _start_tta(name: str, model: str, n_images: int, core: int | None, folder: P
         device="cpu",
         **settings.model_dump(),
     )
+    credentials = None
+    if keys:
+        (public, secret), (_, own) = (write_key_pair(folder, who) for who in ("daemon", "client"))
+        clients = folder / "clients.yaml"
+        clients.write_text(f"client: {{key: '{read_public_key(own).decode()}', roles: [predict]}}\n")
+        options = msgspec.structs.replace(options, key=str(secret), clients=str(clients))
+        credentials = Credentials.read(own, public)
     path = folder / "server.json"
     path.write_bytes(msgspec.json.encode(options))
     process = _popen([sys.executable, "-m", "tta.server", str(path)], core, folder, {}, None)
 
     def connect(batches: Batches, load: Load) -> Transport:
-        return Wire([endpoint], batches, load)
+        return Wire([endpoint], batches, load, credentials)
 
-    running = Running(process, connect, endpoint, options.admin)
+    running = Running(process, connect, endpoint, options.admin, credentials)
     return _await(running, model, n_images, folder)
 
 

@@ -216,17 +216,29 @@ def test_a_version_of_another_bundle_is_not_served(tmp_path: Path) -> None:
 
 
 def test_a_number_is_never_used_again(tmp_path: Path) -> None:
-    """A discarded candidate's number is not given to the next version."""
+    """A discarded candidate's number is not given to the next version, and the gate's verdict on it stays."""
     store = Store(tmp_path, "hash")
     first = store.write(*delta(), "head", "source", 0.0, {}, {})
-    store.discard(first)
+    store.discard(first, {"outcome": "rejected"})
 
     second = store.write(*delta(), "head", "source", 0.0, {}, {})
 
     assert (first, second) == (1, 2)
     assert store.numbers() == [0, 2]
+    assert store.manifest(first).verdict == {"outcome": "rejected"}
     with pytest.raises(NotFoundError, match="there are 0, 2"):
         store.folder(first)
+
+
+def test_weights_that_nobody_wants_go_though_their_verdict_cannot_be_noted(tmp_path: Path) -> None:
+    """A candidate with a damaged manifest is dropped all the same."""
+    store = Store(tmp_path, "hash")
+    version = store.write(*delta(), "head", "source", 0.0, {}, {})
+    (tmp_path / "versions" / "000001" / "manifest.json").write_bytes(b"{")
+
+    store.discard(version, {"outcome": "rejected"})
+
+    assert store.numbers() == [0]
 
 
 def test_old_versions_are_retired_and_those_in_use_stay(tmp_path: Path) -> None:

@@ -71,10 +71,10 @@ def status_lines(now: dict[str, Any], events: int = 8) -> list[str]:
         f"{_number(now['false_alarms_per_day'])} a day now"
     )
     accuracy = ", ".join(f"{model} {100 * value:.0f} %" for model, value in now["accuracy"].items())
-    lines.append(
-        f"  accuracy   {accuracy or 'no labels yet'} ({now['labels_buffered']} on disk); "
-        f"source's by its confidence {100 * now['predicted_accuracy']:.0f} %"
-    )
+    lines += [
+        f"  accuracy   {accuracy or 'no labels yet'} ({now['labels_buffered']} labels on disk)",
+        f"             source by its own confidence {100 * now['predicted_accuracy']:.0f} %",
+    ]
     for each in now["clients_disagree"]:
         own, others = _share(each["errors"], each["labels"]), _share(each["others_errors"], each["others"])
         lines.append(f"  labels     client {each['client']!r} disagrees: calls {own} wrong, the others {others}")

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def versions(control: ControlEndpoint = CONTROL, timeout_s: Timeout = 10.0, as_json: Json = False) -> None:
-    """List every version, what was operated on, and the gate's numbers."""
+    """List every version, what was operated on, and the gate's numbers; rejected ones too."""
     with connect(control, timeout_s=timeout_s) as client:
         found = client.versions()
     if as_json:
@@ -36,8 +36,9 @@ def gate_line(version: dict[str, Any]) -> str:
     if "damaged" in version:
         return f"damaged: {version['damaged']}"
     if "accuracy_serving" in verdict:
+        dropped = "" if version.get("has_weights", True) else f"{verdict['outcome']}, {verdict['reason']}: "
         return (
-            f"{100 * verdict['accuracy_serving']:.1f} → {100 * verdict['accuracy_candidate']:.1f} % "
+            f"{dropped}{100 * verdict['accuracy_serving']:.1f} → {100 * verdict['accuracy_candidate']:.1f} % "
             f"on {verdict['n_labels']} labels, p {verdict['p_val']:.2g}"
         )
     return str(verdict.get("reason") or ("not judged yet" if version["version"] else "the source model"))

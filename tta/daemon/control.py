@@ -29,7 +29,7 @@ from tta.daemon.treatment import Treatment
 from tta.errors import Code, DeniedError, InputError, PreconditionError, TTAError, from_wire
 from tta.keys import Role
 from tta.monitor.reference import confidence
-from tta.versions import SOURCE
+from tta.versions import SOURCE, has_weights, version_folders
 
 Reply = dict[str, Any]
 Array = npt.NDArray[Any]
@@ -320,15 +320,19 @@ class Control:
 
     def _versions(self) -> list[Reply]:
         store, case = self.store, self.treatment.case
-        found: list[Reply] = [{"version": SOURCE, "block": "", "start": "", "serving": case.serving == SOURCE}]
-        for number in store.numbers()[1:]:
+        source = {"version": SOURCE, "block": "", "start": "", "serving": case.serving == SOURCE}
+        found: list[Reply] = [{**source, "has_weights": True}]
+        for number, folder in version_folders(store.root).items():
+            kept = has_weights(folder)
             try:
                 manifest = msgspec.to_builtins(store.manifest(number))
             except (OSError, ValueError, msgspec.MsgspecError) as error:
                 manifest = {"version": number, "block": "", "start": "", "sha256": {}, "bundle_sha256": ""}
                 manifest["damaged"] = str(error)
+            if not kept and not manifest.get("verdict"):  # dropped before it was judged: a note on a number
+                continue
             del manifest["sha256"], manifest["bundle_sha256"]
-            found.append({**manifest, "serving": number == case.serving})
+            found.append({**manifest, "serving": number == case.serving, "has_weights": kept})
         return found
 
     # -- status -------------------------------------------------------------------------------------------

@@ -351,15 +351,17 @@ class Operation:
             better = verdict.outcome != "accepted" or sum(label_free) > sum(candidate)
             if better and plain.outcome == "accepted":
                 self._count(block, verdict.outcome)
-                verdict, version, free, block, kept = plain, free, version, blocks[1], on_anchor[3]
-            self._discard([free])
+                self._discard([version], verdict)
+                verdict, version, block, kept = plain, free, blocks[1], on_anchor[3]
+            else:
+                self._discard([free], plain)
         anchor = {"candidate": kept, "serving": on_anchor[1], "source": on_anchor[2]}
         verdict = replace(verdict, anchor={name: round(share, 4) for name, share in anchor.items()})
         self._count(block, verdict.outcome)
         self.metrics.show_verdict(verdict)
         evidence = {"candidate": version, "block": block, **verdict.fields()}
         if verdict.outcome != "accepted":
-            self._discard([version])
+            self._discard([version], verdict)
             return Conclusion(0, 0.0, evidence, verdict.labels_needed)
         try:
             self.store.amend(version, verdict=verdict.fields())
@@ -379,10 +381,10 @@ class Operation:
             raise OSError(f"{folder / name}.safetensors is not what the adapter has written")
         return data
 
-    def _discard(self, versions: list[int]) -> None:
+    def _discard(self, versions: list[int], verdict: gate.Verdict | None = None) -> None:
         for version in versions:
             try:
-                self.store.discard(version)
+                self.store.discard(version, None if verdict is None else verdict.fields())
             except NotFoundError:
                 continue
 

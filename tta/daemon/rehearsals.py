@@ -166,7 +166,7 @@ class Rehearsals:
         for number, version in versions.items():
             own = heard.get(number)
             if own is None or number not in self.library.regimes or not serves or not gains(own, limited):
-                self.store.discard(version)
+                self.store.discard(version, None if serves else verdict.fields())
                 continue
             self.store.amend(
                 version, verdict={**verdict.fields(), "outcome": "accepted", "of_regimes": len(heard)}

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -107,12 +108,22 @@ class Store:
         """All versions that can be served, the source first."""
         return [SOURCE, *(number for number, folder in version_folders(self.root).items() if has_weights(folder))]
 
-    def discard(self, version: int) -> None:
-        """Drop a candidate's weights; its manifest stays, so that its number is never used again."""
+    def discard(self, version: int, verdict: Mapping[str, Any] | None = None) -> None:
+        """Drop a candidate's weights; its manifest stays, so that its number is never used again.
+
+        Args:
+            version: the candidate.
+            verdict: the gate's, noted in the manifest where that can be written; None: it has not judged.
+        """
         folder = self.folder(version)
-        if folder is not None:
-            for name in ("delta.safetensors", "probe.safetensors"):
-                (folder / name).unlink(missing_ok=True)
+        if folder is None:
+            return
+        if verdict is not None:
+            # A full disk or a damaged manifest is no reason to keep weights that nobody wants.
+            with suppress(OSError, ValueError, msgspec.MsgspecError):
+                self.amend(version, verdict=dict(verdict))
+        for name in ("delta.safetensors", "probe.safetensors"):
+            (folder / name).unlink(missing_ok=True)
 
     def discard_candidates(self) -> None:
         """Drop what the gate never accepted; called when no candidate is under way."""
@@ -226,15 +237,14 @@ class Store:
         write_atomically(folder / "manifest.json", raw)
 
     def manifest(self, version: int) -> VersionManifest:
-        """A version's manifest.
+        """A version's manifest, also of a candidate that was dropped.
 
         Raises:
-            NotFoundError: there is none.
+            OSError: there is none: the source has none either.
+            msgspec.MsgspecError: it is damaged.
         """
-        folder = self.folder(version)
-        if folder is None:
-            raise NotFoundError("version 0 is the source and has no manifest")
-        return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=VersionManifest)
+        raw = (self._versions / f"{version:06d}" / "manifest.json").read_bytes()
+        return msgspec.json.decode(raw, type=VersionManifest)
 
     def newest(self) -> int:
         """The newest version that was accepted and verifies; the source if there is none."""
