@@ -42,7 +42,9 @@ ONCE = ("spurious",)  # one draw of the labels
 LABELS = (16, 64, 256, 1000)
 BLOCKS = ("block1", "block2", "block3", "head")
 PAPER = ("all", "all-rates", "l1", "first-to-last", "last-to-first", "auto-rgn", "auto-snr")
-ABLATIONS = ("block1 + window", "all + window")
+# A method with the unlabelled window, and the same without; the race has it by default.
+WINDOW = (("block1 + window", "block1"), ("all + window", "all"), ("race", "race, labels alone"))
+ABLATIONS = ("block1 + window", "all + window", "race, labels alone")
 METHODS = ("source", "batch-norm", *BLOCKS, *PAPER, "race", *ABLATIONS)
 GATE_SHARE = 2 / 3  # gate labels for each fit label, as the daemon splits them
 
@@ -75,8 +77,8 @@ def run_cell(name: str, n_labels: int, method: str, seed: int) -> Json:
     order = np.random.default_rng([seed, 1]).permutation(len(shift.y_pool))
     fit, judge = order[:n_labels], order[n_labels : n_labels + round(GATE_SHARE * n_labels)]
     labels = Labels.known(patient.images(shift.x_pool[fit]), torch.from_numpy(shift.y_pool[fit]))
-    selection = method.removesuffix(" + window")
-    settings = settings_of(selection, method == "race" or selection != method, seed)
+    selection = method.removesuffix(" + window").removesuffix(", labels alone")
+    settings = settings_of(selection, method in [both for both, _ in WINDOW], seed)
     began = time.process_time()
     race = Race(patient, starts, shift.anatomy, labels, window, shift.suited, settings, lambda *_: None)
     result = race.run()
@@ -326,16 +328,25 @@ def window_gains(cells: Json, n: int) -> list[str]:
     """What the unlabelled window adds to a method, on the draws of the labels that have both."""
     found = []
     corruptions = [s for s in CORE if s in CORRUPTIONS]
-    for method in ABLATIONS:
-        alone = method.removesuffix(" + window")
-        for title, shifts in (("corruptions", corruptions), *((s, [s]) for s in CORE if s not in corruptions)):
-            both = [[cells.get(s, {}).get(str(n), {}).get(m, {}) for m in (method, alone)] for s in shifts]
-            gains = [
-                w["accuracy"] - a[seed]["accuracy"] for own, a in both for seed, w in own.items() if seed in a
-            ]
-            if gains:
-                found.append(f"{alone} on {title} {np.mean(gains):+.1f}")
+    for method, alone in WINDOW:
+        gains = {s: _gain(cells, s, n, method, alone) for s in CORE}
+        of = [gains[s] for s in corruptions]
+        titles = {
+            "corruptions": of,
+            **{s: [gains[s]] for s in CORE if s not in corruptions},
+            f"all {len(CORE)}": list(gains.values()),
+        }
+        parts = [f"{title} {np.mean(g):+.1f}" for title, g in titles.items() if not np.isnan(g).any()]
+        if parts:
+            found.append(f"{method.removesuffix(' + window')} on " + ", ".join(parts))
     return found
+
+
+def _gain(cells: Json, shift: str, n: int, method: str, other: str) -> float:
+    """Mean difference on the draws that both have; NaN for none."""
+    own, others = (cells.get(shift, {}).get(str(n), {}).get(m, {}) for m in (method, other))
+    both = [own[seed]["accuracy"] - others[seed]["accuracy"] for seed in own if seed in others]
+    return float(np.mean(both)) if both else float("nan")
 
 
 def margins(cells: Json, n: int) -> list[str]:
