@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.cells import keep, run_missing
 from bench.cifar import CACHE
 from bench.corruptions import APPROXIMATE, CORRUPTIONS
 from bench.shifts import N_WINDOW, SEVERITY, Shift, load_shift
@@ -165,37 +165,15 @@ def unpack(code: str) -> None:
 
 def compute(cell: tuple[str, int, str, int], path: Path) -> None:
     """Run a cell in this process and keep it."""
-    found = run_cell(*cell)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found))
-    temporary.rename(path)
+    keep(path, run_cell(*cell))
 
 
 def run(cells: list[tuple[str, int, str, int]], code: str, minutes: float, processes: int) -> None:
     """Compute what is missing until the time is up."""
-    missing: dict[Path, tuple[str, int, str, int]] = {}
-    for c in cells:
-        if not path_of(c, code).exists():
-            missing.setdefault(path_of(c, code), c)
-    queue = list(missing.items())
-    end = time.monotonic() + 60 * minutes
-    (CACHE / "adaptation" / code).mkdir(parents=True, exist_ok=True)
-    for name in {cell[0] for _, cell in queue}:
+    missing = {path_of(c, code): c for c in cells if not path_of(c, code).exists()}
+    for name in {cell[0] for cell in missing.values()}:
         load_shift(name)  # here once, since some train a model first
-    done = 0
-    with ProcessPoolExecutor(processes) as pool:
-        running: dict[Any, Any] = {}
-        while running or (queue and time.monotonic() < end):
-            while queue and len(running) < processes and time.monotonic() < end:
-                path, cell = queue.pop(0)
-                running[pool.submit(compute, cell, path)] = cell
-            for future in as_completed(list(running)):
-                cell = running.pop(future)
-                future.result()
-                done += 1
-                stamp = time.strftime("%H:%M:%S")
-                print(f"{stamp} {done} of {len(missing)}: {cell}", file=sys.stderr, flush=True)
-                break
+    run_missing(missing, compute, minutes, processes)
 
 
 def main() -> int:

@@ -17,7 +17,6 @@ import shutil
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bench import cifar
+from bench.cells import keep, run_missing
 from bench.stamp import RESULTS, code_hash, publish, stamp
 from bench.stream import report
 from bench.stream.data import N_REFERENCE, N_VISITS, stream
@@ -158,27 +158,7 @@ def compute(cell: Cell, path: Path) -> None:
             found = peers.run(segments, cell.method, x[:N_REFERENCE], cell.seed, tell)
     found["cpu_s"] = round(time.process_time() - began, 1)
     found["commit"] = stamp("")["commit"]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, default=str))
-    temporary.rename(path)
-
-
-def run(wanted: list[Cell], minutes: float, processes: int) -> None:
-    """Compute what is missing until the time is up."""
-    queue = [cell for cell in wanted if not path_of(cell).exists()]
-    n, done, end = len(queue), 0, time.monotonic() + 60 * minutes
-    (cifar.CACHE / "stream").mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(processes) as pool:
-        running: dict[Any, Cell] = {}
-        while running or (queue and time.monotonic() < end):
-            while queue and len(running) < processes and time.monotonic() < end:
-                cell = queue.pop(0)
-                running[pool.submit(compute, cell, path_of(cell))] = cell
-            future = next(as_completed(list(running)))
-            cell = running.pop(future)
-            future.result()
-            done += 1
-            print(f"{time.strftime('%H:%M:%S')} {done} of {n}: {cell.name}", file=sys.stderr, flush=True)
+    keep(path, found)
 
 
 def main() -> int:
@@ -192,11 +172,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
     earlier = unpack()
-    run(
-        [c for c in wanted if not arguments.only or c.method in arguments.only],
-        arguments.budget_minutes,
-        arguments.processes,
-    )
+    chosen = {path_of(c): c for c in wanted if not arguments.only or c.method in arguments.only}
+    run_missing(chosen, compute, arguments.budget_minutes, arguments.processes)
     found = [
         {**asdict(c), **json.loads(path_of(c).read_text()), "key": path_of(c).stem}
         for c in wanted
