@@ -51,11 +51,21 @@ def test_what_cannot_be_operated_on_says_why(
 
 
 def test_labels_that_contradict_each_other_move_nothing(start_daemon: Callable[..., DaemonProcess]) -> None:
-    """One picture labelled as every class in turn gives a verdict in numbers, and nothing is promoted."""
+    """One picture labelled as every class in turn counts once: nothing is learned from it or judged by it."""
     same = np.repeat(digits("stream", 1, seed=62)[0], 60, axis=0)
+
+    event = verdict_on(start_daemon(**QUIET), same, np.arange(60) % 10)
+
+    assert event["event"] == "not_accepted"
+    assert event["error"] in ("all 1 labels are of one class: nothing can be told apart", "no labels to fit")
+
+
+def test_what_is_turned_down_is_listed_with_the_reason(start_daemon: Callable[..., DaemonProcess]) -> None:
+    """Labels at random give a verdict in numbers, which the version's manifest keeps, and nothing is promoted."""
+    x, y = digits("stream", 60, seed=63)
     daemon = start_daemon(**QUIET)
 
-    event = verdict_on(daemon, same, np.arange(60) % 10)
+    event = verdict_on(daemon, x, np.random.default_rng(0).permutation(y))
 
     assert event["event"] == "not_accepted"
     assert event["n_labels"] > 0

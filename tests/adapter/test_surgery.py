@@ -314,7 +314,8 @@ def test_knowing_what_it_is_not_helps(patient: Patient, anatomy: Anatomy) -> Non
     x, _ = digits("stream", 48, seed=17)
     images = patient.images(corrupt(x, "noise", 4))
     taken = patient.logits(images).argmax(1)
-    labels = Labels(images, taken, torch.ones(48, dtype=torch.bool, device=images.device))
+    wrong = torch.ones(48, dtype=torch.bool, device=images.device)
+    labels = Labels(images, taken, wrong, ~wrong)
 
     def probability() -> float:
         return float(patient.logits(images).softmax(1).gather(1, taken[:, None]).mean())
@@ -323,6 +324,29 @@ def test_knowing_what_it_is_not_helps(patient: Patient, anatomy: Anatomy) -> Non
     tune(patient, labels, plan(anatomy, "head", 1e-2, 8))
 
     assert probability() < before - 0.1
+
+
+def test_answers_called_right_teach_and_compare_nothing(patient: Patient) -> None:
+    """Starts and folds are judged on named classes alone, also where most answers were only called right."""
+    x, y = digits("stream", 96, seed=18)
+    images = patient.images(corrupt(x, "noise", 4))
+    answers = patient.logits(images).argmax(1)
+    truth = torch.from_numpy(y).to(images.device)
+    named = torch.arange(96, device=images.device) < 24
+    wrong = ~named & (answers != truth)
+    labels = Labels(images, torch.where(named, truth, answers), wrong, named)
+    source = patient.state()
+
+    report = race(patient, {"source": source}, labels, "").report
+
+    assert report["starts"]["source"] == pytest.approx(
+        float((answers[:24] == truth[:24]).float().mean()), abs=1e-4
+    )
+    assert report["n_fit"] == 96
+    held = len(stratified_folds(y[:24], SETTINGS.folds, SETTINGS.seed)[0])
+    for entry in report["race"]:
+        shares = entry["accuracy"] * (held if entry["folds"] == 1 else 24)
+        assert shares == pytest.approx(round(shares), abs=0.01)
 
 
 def test_folds_are_stratified_and_cover_everything() -> None:

@@ -356,6 +356,22 @@ def test_no_client_replaces_versions_in_a_rehearsal_alone() -> None:
         assert verdict_of([honest, honest], both, config, proof)[1]
         assert not verdict_of([poisoned, poisoned], both, config, proof)[1]
         assert verdict_of([poisoned, poisoned], frozenset(), config, proof)[1]
-    assert gains(honest, both)
-    assert not gains(poisoned, both)
-    assert gains(poisoned, frozenset())
+    assert gains(honest, both, 1.0)
+    assert not gains(poisoned, both, 1.0)
+    assert gains(poisoned, frozenset(), 1.0)
+
+
+def test_no_rehearsal_costs_a_class() -> None:
+    """Candidates that are right more often, but on one class far less, do not serve, with or without proof."""
+    serving = [True] * 20 + [False] * 40
+    candidate = [False] * 12 + [True] * 48
+    classes = [3] * 20 + [4] * 40
+    hearing = Hearing(classes, candidate, serving, serving, ["a"] * 60, chosen=False)
+    config = GateConfig()
+
+    for proof in (True, False):
+        verdict, serves = verdict_of([hearing], frozenset(), config, proof)
+        assert (serves, verdict.outcome, verdict.worst_class) == (False, "rejected", 3)
+        assert verdict_of([hearing], frozenset(), config.model_copy(update={"max_class_drop": 1.0}), proof)[1]
+    assert not gains(hearing, frozenset(), config.max_class_drop)
+    assert gains(hearing, frozenset(), 1.0)

@@ -30,8 +30,10 @@ def entry(i: int, seen: float = 0.0) -> Entry:
 
 
 def labelled(i: int, label: int | None = 1) -> Labelled:
-    """The i-th label."""
-    return Labelled(ID + i, i, 0, label, 1, np.full((4, 4, 3), i % 256, np.uint8))
+    """The i-th label, of an image of its own."""
+    x = np.full((4, 4, 3), i % 256, np.uint8)
+    x[0, 0, 0] = i // 256 % 256
+    return Labelled(ID + i, i, 0, label, 1, x)
 
 
 def test_the_ledger_forgets_by_bytes_and_by_age() -> None:
@@ -97,9 +99,26 @@ def test_a_label_never_changes_sides(tmp_path: Path) -> None:
     assert (
         {r.prediction_id for r in again.select(0, fit=True)}
         == fit
-        == {ID + i for i in range(1000) if fits(ID + i, 0.6)}
+        == {ID + i for i in range(1000) if fits(labelled(i), 0.6)}
     )
     again.close()
+
+
+def test_an_image_counts_once(tmp_path: Path) -> None:
+    """A stuck camera's picture, labelled a hundred times, is one label on one side: the newest of them."""
+    buffer = LabelBuffer(tmp_path / "l.sqlite", 5000, 0.6, (4, 4, 3))
+    stuck = [replace(labelled(i, i % 3), x=labelled(7).x) for i in range(100, 200)]
+    buffer.add([*stuck, labelled(300), labelled(301)])
+    buffer.attribute(2, 0, 400)
+
+    here = [r for fit in (True, False) for r in buffer.select(0, fit)]
+    of_regime = [r for fit in (True, False) for r in buffer.of_regime(2, fit)]
+
+    assert sorted((r.sequence, r.label) for r in here) == [(199, 1), (300, 1), (301, 1)]
+    assert sorted(r.sequence for r in of_regime) == [199, 300, 301]
+    assert len({fits(r, 0.6) for r in stuck}) == 1
+    assert [r.sequence for r in buffer.not_attributed([*here, labelled(400)])] == [400]
+    buffer.close()
 
 
 def test_feedback_fits_and_judges_nothing(tmp_path: Path) -> None:
@@ -132,7 +151,7 @@ def test_a_late_label_finds_its_regime(tmp_path: Path) -> None:
 
     assert places(3) == list(range(10, 40))
     assert places(4) == list(range(40, 50))
-    assert all(fits(r.prediction_id, 0.6) for r in buffer.of_regime(3, fit=True))
+    assert all(fits(r, 0.6) for r in buffer.of_regime(3, fit=True))
     buffer.forget_regime(3)
     assert places(3) == []
     assert len(buffer) == 60

@@ -13,7 +13,7 @@ from tta.adapter.views import Cut
 from tta.config import METHODS
 from tta.errors import AdaptationError
 
-L1 = 3e-4  # weight of the distance from the start
+L1 = 3e-4  # weight of the distance from the source
 # Of the blocks' rates, for methods that move everything at once: they want lower ones.
 WHOLE = 0.3
 BESIDE_HEAD = 0.1  # where the head has a rate of its own

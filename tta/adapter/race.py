@@ -95,6 +95,7 @@ class Race:
         suited: block the diagnosis names; "" if it names none.
         settings: see there.
         progress: told (what, done, of).
+        began: monotonic seconds from which the budget counts; None: now.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Race:
         suited: str,
         settings: Settings,
         progress: Progress,
+        began: float | None = None,
     ) -> None:
         self.patient = patient
         self.starts = starts
@@ -118,8 +120,8 @@ class Race:
         self.progress = progress
         self.start = ""
         self.information: dict[str, float] = {}  # nats that a start's predictions on the window carry
-        self._known = torch.nonzero(~labels.wrong)[:, 0]
-        self._began = monotonic()
+        self._named = torch.nonzero(labels.named)[:, 0]
+        self._began = monotonic() if began is None else began
         self._views: dict[str, Views] = {}
         self._longest = 0.0  # seconds of a fit of all epochs on one fold, of the slowest plan so far
 
@@ -129,9 +131,9 @@ class Race:
         Raises:
             AdaptationError: one class only, an unknown block, or no time for a single candidate.
         """
-        classes = torch.unique(self.labels.y[self._known])
+        classes = torch.unique(self.labels.y[self._named])
         if len(classes) < 2:
-            raise AdaptationError(f"all {len(self._known)} labels are of one class: nothing can be told apart")
+            raise AdaptationError(f"all {len(self._named)} labels are of one class: nothing can be told apart")
         scores = self._choose_start()
         order, rgn = self._order()
         plans = self._entrants(order)
@@ -144,7 +146,8 @@ class Race:
         enough = self.settings.selection == "race" and self._is_enough(scores[self.start], best)
         if not enough:
             everything = torch.arange(len(self.labels), device=self.patient.device)
-            adapt(self.patient.model, self._views_of(winner), everything, last, self._in_time)
+            source = self.starts["source"]
+            adapt(self.patient.model, self._views_of(winner), everything, last, self._in_time, source)
         report = {
             "starts": {name: round(score, 4) for name, score in scores.items()},
             "information": {name: round(nats, 4) for name, nats in self.information.items()},
@@ -164,18 +167,18 @@ class Race:
         """Whether the start has learned before, and tuning it is not clearly better on held-out labels."""
         start, source = self.starts[self.start], self.starts["source"]
         learned = any(not torch.equal(start[n], source[n]) for n, _ in self.patient.model.named_parameters())
-        return learned and tuned <= accuracy + _standard_error(accuracy, len(self._known))
+        return learned and tuned <= accuracy + _standard_error(accuracy, len(self._named))
 
     def _choose_start(self) -> dict[str, float]:
         """Set `start` and `information`; the accuracy of each start on the fit labels."""
         scores = {}
         for name, state in self.starts.items():
             self.patient.load(state)
-            scores[name] = self.patient.accuracy(self.labels.images[self._known], self.labels.y[self._known])
+            scores[name] = self.patient.accuracy(self.labels.images[self._named], self.labels.y[self._named])
         if self.window is not None:
             self.information = information_of(self.patient, self.starts, self.window)
         best = max(scores.values())
-        within = best - _standard_error(best, len(self._known))
+        within = best - _standard_error(best, len(self._named))
         alike = [name for name, score in scores.items() if score >= within]
         self.start = max(alike, key=lambda name: (self.information.get(name, 0.0), scores[name]))
         return scores
@@ -201,8 +204,8 @@ class Race:
     def _order(self) -> tuple[list[str], dict[str, float]]:
         """Blocks, the likeliest first, and their RGN at the start."""
         self.patient.load(self.starts[self.start])
-        x = self.patient.normalise(self.labels.images[self._known])
-        rgn = relative_gradient_norm(self.patient.model, x, self.labels.y[self._known], self.anatomy.tensors)
+        x = self.patient.normalise(self.labels.images[self._named])
+        rgn = relative_gradient_norm(self.patient.model, x, self.labels.y[self._named], self.anatomy.tensors)
         ranked = sorted(rgn, key=lambda name: (name != self.suited, -rgn[name]))
         return ranked, rgn
 
@@ -221,7 +224,9 @@ class Race:
 
     def _rungs(self, plans: list[Plan]) -> list[tuple[Plan, list[dict[str, Any]]]]:
         """Winner and scores of each rung; empty where there is nothing to choose."""
-        folds = stratified_folds(self.labels.y.cpu().numpy(), self.settings.folds, self.settings.seed)
+        named = self._named.cpu().numpy()
+        y = self.labels.y.cpu().numpy()[named]
+        folds = [named[fold] for fold in stratified_folds(y, self.settings.folds, self.settings.seed)]
         if len(plans) == 1:
             return []
         if self.settings.selection != "race":
@@ -287,11 +292,10 @@ class Race:
             mask[held] = False
             fit = torch.from_numpy(np.flatnonzero(mask)).to(self.patient.device)
             rest = torch.from_numpy(held).to(self.patient.device)
-            rest = rest[~labels.wrong[rest]]
             self.patient.load(self.starts[self.start])
             n += len(rest)
             try:
-                adapt(self.patient.model, views, fit, plan, self._in_time)
+                adapt(self.patient.model, views, fit, plan, self._in_time, self.starts["source"])
             except AdaptationError:
                 if plan.learning_rate <= 0 or self._over():
                     raise

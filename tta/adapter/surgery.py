@@ -43,7 +43,7 @@ class Plan:
         rule: "fixed": everything at the learning rate; "first-to-last", "last-to-first": one more part in each
             equal share of the epochs; "auto-rgn": each epoch a tensor's rate is scaled by its RGN over the
             largest; "auto-snr": each epoch only tensors with at least `SNR_THRESHOLD` of the largest SNR.
-        l1: weight of the L1 distance to where it started.
+        l1: weight of the L1 distance to the source.
         unlabelled: weight of information maximisation on the unlabelled images.
         label_weight: of the labels' loss.
         epochs: passes over the labels.
@@ -63,7 +63,14 @@ class Plan:
     seed: int = 0
 
 
-def adapt(model: nn.Module, views: Views, rows: Tensor, plan: Plan, tick: Tick = lambda done: None) -> None:
+def adapt(
+    model: nn.Module,
+    views: Views,
+    rows: Tensor,
+    plan: Plan,
+    tick: Tick = lambda done: None,
+    source: Mapping[str, Tensor] | None = None,
+) -> None:
     """Tune in place; every tensor that the plan does not name stays bit-identical.
 
     Args:
@@ -72,10 +79,11 @@ def adapt(model: nn.Module, views: Views, rows: Tensor, plan: Plan, tick: Tick =
         rows: (n,) int64, which of the labels to fit.
         plan: see there.
         tick: told before every step which share is done, in [0, 1); may raise to stop.
+        source: weights that `plan.l1` pulls towards; None: where it starts.
 
     Raises:
-        AdaptationError: no labels, nothing to tune, a learning rate that is not above 0, or a loss that is not
-            finite.
+        AdaptationError: no labels, nothing to tune, a learning rate that is not above 0, no gradient to set rates
+            by, or a loss that is not finite.
     """
     if not len(rows) and not (plan.unlabelled and views.n_window):
         raise AdaptationError("no labels to fit")
@@ -88,11 +96,14 @@ def adapt(model: nn.Module, views: Views, rows: Tensor, plan: Plan, tick: Tick =
     n_steps = math.ceil(len(rows) / plan.batch_size) if len(rows) else window_steps(views, plan)
     with unfrozen(model, tuned), torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        start = {n: p.detach().clone() for n, p in tuned.items()} if plan.l1 else {}
+        towards = {n: (source or {}).get(n, p).detach().clone() for n, p in tuned.items()} if plan.l1 else {}
         optimizer: torch.optim.Adam | None = None
         for epoch in range(plan.epochs):
             if optimizer is None or plan.rule in ("auto-rgn", "auto-snr"):
-                optimizer = torch.optim.Adam(_groups(tuned, views, rows, plan))
+                groups = _groups(tuned, views, rows, plan)
+                if not groups:
+                    raise AdaptationError(f"{plan.name}: no gradient tells what to tune")
+                optimizer = torch.optim.Adam(groups)
             if plan.rule in ("first-to-last", "last-to-first"):
                 _unfreeze(tuned, plan, epoch)
             order = torch.randperm(len(rows))
@@ -101,7 +112,7 @@ def adapt(model: nn.Module, views: Views, rows: Tensor, plan: Plan, tick: Tick =
                 done = (epoch * n_steps + i) / (plan.epochs * n_steps)
                 tick(done)
                 loss = _loss(views, rows[batch.to(rows.device)], plan)
-                for n, p in start.items():
+                for n, p in towards.items():
                     loss = loss + plan.l1 * (tuned[n] - p).abs().sum()
                 if not torch.isfinite(loss):
                     raise AdaptationError("the loss is not finite: the learning rate is too high")
@@ -177,7 +188,7 @@ def _factors(tuned: Mapping[str, nn.Parameter], views: Views, rows: Tensor, plan
     left out, as in the authors' code, by what a tensor is and not by its name.
     """
     weights = [n for n, p in tuned.items() if p.ndim >= 2]
-    rows = rows[~views.labels.wrong[rows]]
+    rows = rows[views.labels.named[rows]]
     n = min(len(rows), RGN_BATCHES * RGN_BATCH if plan.rule == "auto-rgn" else SNR_EXAMPLES)
     chosen = rows[torch.randperm(len(rows))[:n].to(rows.device)]
     x, y = views.labelled(chosen), views.labels.y[chosen]

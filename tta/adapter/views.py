@@ -39,23 +39,27 @@ class Labels:
         images: (N, C, H, W) float32 in [0, 1].
         y: (N,) int64: the class; where `wrong`, a class that it is not.
         wrong: (N,) bool.
+        named: (N,) bool: whether somebody has named the class. Otherwise an answer was called right or wrong: it
+            teaches, but compares nothing, for who gave the answer looks better on those called right than it is.
     """
 
     images: Tensor
     y: Tensor
     wrong: Tensor
+    named: Tensor
 
     @classmethod
     def known(cls, images: Tensor, y: Tensor) -> "Labels":
-        """Every class is known."""
-        return cls(images, y, torch.zeros(len(y), dtype=torch.bool, device=y.device))
+        """Every class was named."""
+        wrong = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+        return cls(images, y, wrong, ~wrong)
 
     def __len__(self) -> int:
         return len(self.y)
 
     def rows(self, index: Tensor | slice) -> "Labels":
         """Some of them."""
-        return Labels(self.images[index], self.y[index], self.wrong[index])
+        return Labels(self.images[index], self.y[index], self.wrong[index], self.named[index])
 
 
 def augmentation(names: Sequence[str], height: int, width: int) -> nn.Sequential:

@@ -24,7 +24,7 @@ from tta.adapter.pace import Pace
 from tta.adapter.patient import Patient, State
 from tta.adapter.race import Race, Result, Settings
 from tta.adapter.rehearsal import Memory, rehearse
-from tta.adapter.relief import relieve
+from tta.adapter.relief import Relief, relieve
 from tta.adapter.starts import LABEL_FREE, REHEARSED, starts_of
 from tta.adapter.surgery import delta_of
 from tta.adapter.views import Labels
@@ -84,7 +84,7 @@ class Surgeon:
         arrays = load_file(folder / "arrays.safetensors")
         if request["task"] == "rehearse":
             return self._rehearse(folder, request, arrays, progress)
-        patient = self.patient
+        patient, began = self.patient, time.monotonic()
         window = patient.images(arrays["x_window"]) if "x_window" in arrays else None
         remembered = {}
         for name, version_folder in request["starts"].items():
@@ -96,31 +96,47 @@ class Surgeon:
         starts = starts_of(patient, self.source, self.anatomy, window, learned, remembered, progress)
         settings = msgspec.convert(request["settings"], Settings)
         labels = self._labels(arrays)
+
+        def in_time(stage: str, done: int, of: int) -> None:
+            if time.monotonic() - began > settings.budget_s:
+                raise AdaptationError(f"adapt.budget_s = {settings.budget_s:g} s is too short for one candidate")
+            progress(stage, done, of)
+
+        def relief(feedback: Labels | None, name: str) -> Relief:
+            assert window is not None
+            made = relieve(patient, starts, self.anatomy, window, feedback, request["relief"], settings, in_time)
+            self._write(folder / name, Result(made.state, made.block, made.start))
+            return made
+
         if request["task"] == "relieve":
             if window is None:
                 raise AdaptationError("neither labels nor images to work with")
-            relief = relieve(patient, starts, self.anatomy, window, labels, request["relief"], settings, progress)
-            self._write(folder / "candidate", Result(relief.state, relief.block, relief.start))
-            return {"block": relief.block, "start": relief.start, "information": relief.information}
+            made = relief(labels, "candidate")
+            return {"block": made.block, "start": made.start, "information": made.information}
         if labels is None:
             raise AdaptationError("no labels to fit")
-        race = Race(patient, starts, self.anatomy, labels, window, request["suited"], settings, progress)
+        suited = request["suited"]
+        race = Race(patient, starts, self.anatomy, labels, window, suited, settings, progress, began)
         result = race.run()
         if not delta_of(result.state, self.source):
             raise AdaptationError("nothing was better than the source model itself")
         self._write(folder / "candidate", result)
         reply: dict[str, Any] = {"block": result.block, "start": result.start, "report": result.report}
         if window is not None and any(name in starts for name in LABEL_FREE):
-            relief = relieve(patient, starts, self.anatomy, window, None, request["relief"], settings, progress)
-            self._write(folder / "label-free", Result(relief.state, relief.block, relief.start))
-            reply["label_free"] = {"block": relief.block, "start": relief.start}
+            # What the labels have made stands, whatever becomes of the candidate made without them.
+            try:
+                made = relief(None, "label-free")
+                reply["label_free"] = {"block": made.block, "start": made.start}
+            except (AdaptationError, torch.OutOfMemoryError) as error:
+                reply["label_free_error"] = str(error)
         return reply
 
     def _labels(self, arrays: dict[str, Any]) -> Labels | None:
         if "y_fit" not in arrays:
             return None
-        y, wrong = (torch.from_numpy(arrays[name]).to(self.patient.device) for name in ("y_fit", "wrong_fit"))
-        return Labels(self.patient.images(arrays["x_fit"]), y, wrong)
+        names = ("y_fit", "wrong_fit", "named_fit")
+        y, wrong, named = (torch.from_numpy(arrays[name]).to(self.patient.device) for name in names)
+        return Labels(self.patient.images(arrays["x_fit"]), y, wrong, named)
 
     def _rehearse(
         self, folder: Path, request: dict[str, Any], arrays: dict[str, Any], progress: Any
@@ -206,6 +222,8 @@ def main() -> int:
                     {"op": "progress", "id": job, "stage": stage, "done": done, "total": total}
                 ),
             )
+            if failure := reply.pop("label_free_error", ""):
+                logger.warning("label_free_failed", error=failure)
             tell({"op": "candidate", "id": job, **reply})
         except TTAError as error:
             logger.warning("adaptation_failed", error=str(error))
@@ -213,6 +231,11 @@ def main() -> int:
         except (torch.OutOfMemoryError, MemoryError) as error:
             logger.error("adapter_out_of_memory", error=str(error))
             tell({"op": "failed", "id": job, "error": "out of memory"})
+        except Exception as error:  # whatever a network's own code raises; who knows what it has left: begin anew
+            logger.exception("adaptation_failed", error=f"{type(error).__name__}: {error}")
+            tell({"op": "failed", "id": job, "error": f"{type(error).__name__}: {error}"})
+            context.destroy(linger=1000)
+            return 3
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def judge(
     assert home is not None
     outcome: Literal["accepted", "rejected", "undecided"] = "rejected"
     reason, needed = "", 0
-    worst, drop = _worst_class(candidate, serving, classes)
+    worst, drop = worst_class(candidate, serving, classes)
     if own <= now:
         reason = "no better than the serving version"
     elif own < home:
@@ -218,10 +218,19 @@ def _wins_and_losses(candidate: Sequence[bool], other: Sequence[bool]) -> tuple[
     return sum(c and not o for c, o in pairs), sum(o and not c for c, o in pairs)
 
 
-def _worst_class(
+def worst_class(
     candidate: Sequence[bool], serving: Sequence[bool], classes: Sequence[int]
 ) -> tuple[int | None, float]:
-    """The class that falls most, among those whose losses outnumber their gains by more than chance."""
+    """The class that falls most, among those whose losses outnumber their gains by more than chance.
+
+    Args:
+        candidate: for each label, whether the candidate is right.
+        serving: the same for the version in service.
+        classes: true class of each label.
+
+    Returns:
+        The class, None for none, and by how much its accuracy falls, in [0, 1].
+    """
     worst, largest = None, 0.0
     for k in sorted(set(classes)):
         own = [i for i, (true, _) in enumerate(zip(classes, candidate, strict=True)) if true == k]

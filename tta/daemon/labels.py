@@ -1,8 +1,9 @@
 """The labelled buffer: SQLite on disk, durable when a label is acknowledged.
 
-Each label is split once, by a hash of its prediction id, into those that fit a candidate and those that judge it;
-a label never changes sides. Which regime a label belongs to follows from its place in the stream, so that late
-ones find theirs.
+Each label is split once, by a hash of its image, into those that fit a candidate and those that judge it; a label
+never changes sides, and the same image sent again is on the same. An image that was labelled several times counts
+once, with its newest label: a camera that is stuck proves nothing. Which regime a label belongs to follows from
+its place in the stream, so that late ones find theirs.
 """
 
 import contextlib
@@ -136,10 +137,20 @@ class Added:
     contested: set[int]
 
 
-def fits(prediction_id: int, fit_fraction: float) -> bool:
-    """Whether a label is for fitting; a pure function of the id, so a label never changes sides."""
-    digest = hashlib.blake2b(prediction_id.to_bytes(8, "little", signed=True), digest_size=8).digest()
+def fits(row: Labelled, fit_fraction: float) -> bool:
+    """Whether a label is for fitting; a pure function of its image, or of the prediction's id without one."""
+    content = row.prediction_id.to_bytes(8, "little", signed=True) if row.x is None else row.x.tobytes()
+    digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "little") < fit_fraction * 2**64
+
+
+def distinct(rows: Sequence[Labelled]) -> list[Labelled]:
+    """The first of those with the same image; each has one."""
+    first: dict[bytes, Labelled] = {}
+    for row in rows:
+        assert row.x is not None
+        first.setdefault(hashlib.blake2b(row.x.tobytes(), digest_size=16).digest(), row)
+    return list(first.values())
 
 
 def _open(path: Path, check: bool = True) -> sqlite3.Connection:
@@ -482,7 +493,7 @@ class LabelBuffer:
                 row.version,
                 row.label,
                 row.predicted,
-                int(fits(row.prediction_id, self.fit_fraction)),
+                int(fits(row, self.fit_fraction)),
                 int(row.asked),
                 None if row.x is None else np.ascontiguousarray(row.x).tobytes(),
                 int(row.feedback),
@@ -552,14 +563,14 @@ class LabelBuffer:
         return sum(sum(self._given(SIDE, (since, fit)).values()) for fit in (0, 1))
 
     def select(self, since: int, fit: bool, limit: int = -1) -> list[Labelled]:
-        """Labels with a class and an image from `since` on, of one side of the split, newest first.
+        """Labels with a class and an image from `since` on, of one side of the split; newest first, an image once.
 
         Args:
             since: place in the stream.
             fit: which side.
             limit: at most so many; -1 for all.
         """
-        return self._rows(SIDE, (since, int(fit)), limit)
+        return distinct(self._rows(SIDE, (since, int(fit)), limit))
 
     def attribute(self, regime: int, since: int, until: int) -> None:
         """Say that the traffic from `since` to before `until` was of a regime; an empty span says nothing."""
@@ -576,12 +587,18 @@ class LabelBuffer:
         self._db.execute("DELETE FROM spans WHERE regime = ?", (regime,))
 
     def of_regime(self, regime: int, fit: bool, limit: int = -1) -> list[Labelled]:
-        """Labels with a class and an image from traffic of a regime, of one side of the split, newest first."""
-        return self._rows(
+        """Labels with a class and an image from traffic of a regime, of one side; newest first, an image once."""
+        rows = self._rows(
             f"JOIN spans ON sequence >= since AND sequence < until WHERE regime = ? AND fit = ? AND {NAMED}",
             (regime, int(fit)),
             limit,
         )
+        return distinct(rows)
+
+    def not_attributed(self, rows: Sequence[Labelled]) -> list[Labelled]:
+        """Those that belong to no regime yet, so that no regime has learned from them."""
+        spans = self._db.execute("SELECT since, until FROM spans").fetchall()
+        return [r for r in rows if not any(since <= r.sequence < until for since, until in spans)]
 
     def feedback(self, since: int, limit: int = -1) -> list[Labelled]:
         """Images from `since` on whose answers were called right or wrong, newest first. All of them fit.

@@ -122,8 +122,9 @@ class Operation:
         """Images and classes, and those of which only "right" or "wrong" is known since the onset."""
         feedback = self.labels.feedback(onset, limit=self.config.adapt.max_labels)
         x, y = arrays_of([*labelled, *(replace(r, label=r.predicted) for r in feedback)])
-        wrong = [False] * len(labelled) + [r.label is None for r in feedback]
-        return {"x_fit": x, "y_fit": y, "wrong_fit": np.array(wrong, bool)} if len(y) else {}
+        wrong = np.array([False] * len(labelled) + [r.label is None for r in feedback], bool)
+        named = np.arange(len(y)) < len(labelled)
+        return {"x_fit": x, "y_fit": y, "wrong_fit": wrong, "named_fit": named} if len(y) else {}
 
     def relieve(
         self,
@@ -272,15 +273,17 @@ class Operation:
             return
         x, y = arrays_of(rows)
         fit_rows = self.labels.select(onset, fit=True, limit=self.config.adapt.max_labels)
+        fit_rows = self.labels.not_attributed(fit_rows)  # a rehearsal may have learned from the others
         x_fit, y_fit = arrays_of(fit_rows)
         clients = [r.client for r in rows], [r.client for r in fit_rows]
         limited = self.labels.labellers().limited  # at the verdict somebody may have been taken off the list
         job, began = self._job, time.monotonic()
         answers: list[Outputs | None] = []
+        also_fit = free is not None and len(fit_rows) > 0
 
         def judged(outputs: Outputs | None) -> None:
             answers.append(outputs)
-            if len(answers) < 1 + (free is not None):
+            if len(answers) < 1 + also_fit:
                 return
             self.metrics.phase_s.labels("gate").observe(time.monotonic() - began)
             good = [a for a in answers if a is not None]
@@ -291,7 +294,9 @@ class Operation:
                 self._count(block, "failed")
                 concluded(Conclusion(0, 0.0, {"error": "the shadow could not run the candidate"}))
             else:
-                on_fit = [(logits.argmax(axis=1) == y_fit).tolist() for logits, _ in good[-1]] if free else []
+                on_fit: list[list[bool]] = [[], [], []]
+                if also_fit:
+                    on_fit = [(logits.argmax(axis=1) == y_fit).tolist() for logits, _ in good[-1]]
                 concluded(self._judge(good[0], y, on_fit, y_fit, clients, limited, version, free, blocks, alpha))
 
         def folders(versions: list[int]) -> list[VersionFolder]:
@@ -299,7 +304,7 @@ class Operation:
 
         versions = [version, serving, SOURCE, *([free] if free is not None else [])]
         self.shadow.ask(folders(versions), np.concatenate([x, self.anchor["x"]]), judged)
-        if free is not None:
+        if free is not None and also_fit:
             self.shadow.ask(folders([free, serving, SOURCE]), x_fit, judged)
 
     def _judge(

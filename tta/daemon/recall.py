@@ -81,8 +81,10 @@ class RecallByLabels:
             serving, *rights = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
             best = max(range(len(rights)), key=lambda i: sum(rights[i]))
             regime, right = candidates[best], rights[best]
-            verdict = gate.judge(right, serving, right, None, alpha / len(candidates))
-            verdict = gate.without_each(verdict, right, serving, right, [r.client for r in rows], limited)
+            guard = y.tolist(), self._config.gate.max_class_drop
+            verdict = gate.judge(right, serving, right, None, alpha / len(candidates), *guard)
+            clients = [r.client for r in rows]
+            verdict = gate.without_each(verdict, right, serving, right, clients, limited, *guard)
             still = regime.number in self._library.regimes
             known = still and verdict.outcome == "accepted" and gate.does_as_well(right, regime.accuracy)
             then(regime if known else None, verdict)

@@ -10,7 +10,7 @@ gain whose present version no gate has chosen. What was learned is also a start 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safetensors.numpy import load
@@ -164,13 +164,11 @@ class Rehearsals:
         self._note(usable=serves or verdict.outcome != "rejected")
         replaced: dict[str, int] = {}
         for number, version in versions.items():
-            own = heard.get(number)
-            if own is None or number not in self.library.regimes or not serves or not gains(own, limited):
+            own = heard.get(number) if serves and number in self.library.regimes else None
+            if own is None or not gains(own, limited, self.config.gate.max_class_drop):
                 self.store.discard(version, None if serves else verdict.fields())
                 continue
-            self.store.amend(
-                version, verdict={**verdict.fields(), "outcome": "accepted", "of_regimes": len(heard)}
-            )
+            self.store.amend(version, verdict={**verdict.fields(), "of_regimes": len(heard)})
             accuracy = sum(own.candidate) / len(own.candidate)
             self.library.update(number, version=version, accuracy=accuracy)
             replaced[str(number)] = version
@@ -186,7 +184,8 @@ def verdict_of(
         heard: of each regime.
         limited: clients whose labels must not decide alone.
         config: two verdicts at most share its bound.
-        proof: whether candidates have to be proven better; without, it is enough that they are not behind.
+        proof: whether candidates have to be proven better; without, it is enough that they are not behind, and
+            that no class falls by more than the guard allows.
     """
     every = list(heard)
     candidate, serving, source, classes, clients = (
@@ -198,11 +197,16 @@ def verdict_of(
     verdict = gate.without_each(verdict, candidate, serving, source, clients, limited, *guard)
     alone = gate.carried_by(candidate, (serving, source), clients, limited)
     unproven = not gate.behind(candidate, serving) and sum(candidate) >= sum(source) and len(candidate) > 0
-    return verdict, verdict.outcome == "accepted" or (not proof and unproven and alone is None)
+    unproven = unproven and verdict.worst_class_drop <= config.max_class_drop
+    if not proof and unproven and alone is None and verdict.outcome != "accepted":
+        return replace(verdict, outcome="accepted", reason="not behind the serving version"), True
+    return verdict, verdict.outcome == "accepted"
 
 
-def gains(own: Hearing, limited: Iterable[str]) -> bool:
+def gains(own: Hearing, limited: Iterable[str], max_class_drop: float) -> bool:
     """Whether a regime's own labels, also those of all but one client, do not speak against its candidate."""
+    if gate.worst_class(own.candidate, own.serving, own.classes)[1] > max_class_drop:
+        return False
     if gate.carried_by(own.candidate, (own.serving, own.source), own.clients, limited) is not None:
         return False
     return not gate.behind(own.candidate, own.serving) and sum(own.candidate) >= sum(own.source)
