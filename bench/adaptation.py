@@ -67,6 +67,14 @@ def prepared(name: str) -> tuple[Shift, dict[str, Any], Any]:
     return shift, starts, window
 
 
+def draw_labels(shift: Shift, n_labels: int, seed: int) -> tuple[Labels, Any]:
+    """Labels to fit, and the places in the pool of those that judge."""
+    order = np.random.default_rng([seed, 1]).permutation(len(shift.y_pool))
+    fit, judge = order[:n_labels], order[n_labels : n_labels + round(GATE_SHARE * n_labels)]
+    images = shift.patient.images(shift.x_pool[fit])
+    return Labels.known(images, torch.from_numpy(shift.y_pool[fit])), judge
+
+
 def run_cell(name: str, n_labels: int, method: str, seed: int) -> Json:
     """Accuracy on the scored images in %, what was chosen, seconds, and what the gate says."""
     torch.set_num_threads(1)
@@ -74,9 +82,7 @@ def run_cell(name: str, n_labels: int, method: str, seed: int) -> Json:
     patient = shift.patient
     if method in ("source", "batch-norm"):
         return {"accuracy": shift.score(starts[method])}
-    order = np.random.default_rng([seed, 1]).permutation(len(shift.y_pool))
-    fit, judge = order[:n_labels], order[n_labels : n_labels + round(GATE_SHARE * n_labels)]
-    labels = Labels.known(patient.images(shift.x_pool[fit]), torch.from_numpy(shift.y_pool[fit]))
+    labels, judge = draw_labels(shift, n_labels, seed)
     selection = method.removesuffix(" + window").removesuffix(", labels alone")
     settings = settings_of(selection, method in [both for both, _ in WINDOW], seed)
     began = time.process_time()
@@ -227,7 +233,10 @@ def seeds(cells: Json, shift: str, n: int, method: str) -> list[str]:
 
 
 def cross_validated(cells: Json, shift: str, n: int, seed: str) -> float | None:
-    """The paper's Cross-Val: accuracy of the block whose best rate did best on held-out labels."""
+    """The paper's Cross-Val: accuracy of the block that did best on held-out labels at one of its rates.
+
+    It was tuned at the first rate within one standard error of that.
+    """
     here = cells[shift][str(n)]
     blocks = [here.get(b, {}).get(seed) for b in BLOCKS]
     if any(b is None for b in blocks):

@@ -34,13 +34,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import adaptation
-from bench.adaptation import CACHE, GATE_SHARE, cells_hash, prepared, settings_of
+from bench.adaptation import CACHE, cells_hash, draw_labels, number, prepared, settings_of
 from bench.cells import keep, run_missing
 from bench.stamp import code_hash, publish, stamp
 from tta.adapter import surgery
 from tta.adapter.race import Race
 from tta.adapter.surgery import WINDOW_SHARE, Plan, label_loss
-from tta.adapter.views import Labels, Views
+from tta.adapter.views import Views
 
 SHIFTS = ("gaussian_noise", "contrast", "defocus_blur", "jpeg_compression")
 LABELS = (64, 256)
@@ -119,10 +119,7 @@ def run_cell(name: str, n_labels: int, use: str, seed: int) -> Json:
     torch.set_num_threads(1)
     shift, starts, window = prepared(name)
     patient = shift.patient
-    order = np.random.default_rng([seed, 1]).permutation(len(shift.y_pool))
-    fit = order[:n_labels]
-    assert len(order) >= n_labels + round(GATE_SHARE * n_labels)
-    labels = Labels.known(patient.images(shift.x_pool[fit]), torch.from_numpy(shift.y_pool[fit]))
+    labels, _ = draw_labels(shift, n_labels, seed)
     settings = settings_of(BLOCK, use != "labels alone", seed)
     ours, surgery._loss = surgery._loss, loss_of(use)
     try:
@@ -173,11 +170,6 @@ def table(result: Json) -> list[str]:
             gain = "missing" if mean is None or alone is None else f"{mean - alone:+.1f}"
             lines.append(f"| {use} | " + " | ".join(map(number, (*values, mean))) + f" | {gain} |")
     return lines
-
-
-def number(value: float | None) -> str:
-    """A table's cell."""
-    return "missing" if value is None else f"{value:.1f}"
 
 
 def accuracy(result: Json, shift: str, n: int, use: str) -> float | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -118,6 +119,19 @@ def test_an_image_counts_once(tmp_path: Path) -> None:
     assert sorted(r.sequence for r in of_regime) == [199, 300, 301]
     assert len({fits(r, 0.6) for r in stuck}) == 1
     assert [r.sequence for r in buffer.not_attributed([*here, labelled(400)])] == [400]
+    buffer.close()
+
+
+def test_a_damaged_image_is_passed_over(tmp_path: Path) -> None:
+    """A label whose image has lost bytes fits and judges nothing, and the others are there."""
+    path = tmp_path / "l.sqlite"
+    buffer = LabelBuffer(path, 5000, 0.6, (4, 4, 3))
+    buffer.add([labelled(i) for i in range(6)])
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE labels SET x = ? WHERE prediction_id = ?", (b"short", ID + 2))
+    db.close()
+
+    assert sorted(r.sequence for fit in (True, False) for r in buffer.select(0, fit)) == [0, 1, 3, 4, 5]
     buffer.close()
 
 

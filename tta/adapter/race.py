@@ -61,6 +61,19 @@ class Settings:
         """What every plan has in common."""
         return Plan("", (), 0.0, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed)
 
+    def is_over(self, began: float) -> bool:
+        """Whether the budget is spent, counted from these monotonic seconds."""
+        return monotonic() - began > self.budget_s
+
+    def check_time(self, began: float) -> None:
+        """Raise where the budget is spent.
+
+        Raises:
+            AdaptationError: it is.
+        """
+        if self.is_over(began):
+            raise AdaptationError(f"adapt.budget_s = {self.budget_s:g} s is too short for one candidate")
+
     def rates(self) -> Rates:
         """To try."""
         return Rates(tuple(self.learning_rates), tuple(self.head_learning_rates))
@@ -271,12 +284,8 @@ class Race:
         ]
         return winner, entries, scores
 
-    def _over(self) -> bool:
-        return monotonic() - self._began > self.settings.budget_s
-
     def _in_time(self, done: float) -> None:
-        if self._over():
-            raise AdaptationError(f"adapt.budget_s = {self.settings.budget_s:g} s is too short for one candidate")
+        self.settings.check_time(self._began)
 
     def _late(self, share: float, n_folds: int) -> bool:
         """Whether one more comparison would leave no time for the final fit (with the window: twice a fit)."""
@@ -297,7 +306,7 @@ class Race:
             try:
                 adapt(self.patient.model, views, fit, plan, self._in_time, self.starts["source"])
             except AdaptationError:
-                if plan.learning_rate <= 0 or self._over():
+                if plan.learning_rate <= 0 or self.settings.is_over(self._began):
                     raise
                 continue
             right += self.patient.accuracy(labels.images[rest], labels.y[rest]) * len(rest)

@@ -98,8 +98,7 @@ class Surgeon:
         labels = self._labels(arrays)
 
         def in_time(stage: str, done: int, of: int) -> None:
-            if time.monotonic() - began > settings.budget_s:
-                raise AdaptationError(f"adapt.budget_s = {settings.budget_s:g} s is too short for one candidate")
+            settings.check_time(began)
             progress(stage, done, of)
 
         def relief(feedback: Labels | None, name: str) -> Relief:

@@ -320,8 +320,10 @@ class Control:
 
     def _versions(self) -> list[Reply]:
         store, case = self.store, self.treatment.case
-        source = {"version": SOURCE, "block": "", "start": "", "serving": case.serving == SOURCE}
-        found: list[Reply] = [{**source, "has_weights": True}]
+        serves = case.serving == SOURCE
+        found: list[Reply] = [
+            {"version": SOURCE, "block": "", "start": "", "serving": serves, "has_weights": True}
+        ]
         for number, folder in version_folders(store.root).items():
             kept = has_weights(folder)
             try:

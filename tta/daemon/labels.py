@@ -145,11 +145,11 @@ def fits(row: Labelled, fit_fraction: float) -> bool:
 
 
 def distinct(rows: Sequence[Labelled]) -> list[Labelled]:
-    """The first of those with the same image; each has one."""
+    """The first of those with the same image, without those whose image is damaged."""
     first: dict[bytes, Labelled] = {}
     for row in rows:
-        assert row.x is not None
-        first.setdefault(hashlib.blake2b(row.x.tobytes(), digest_size=16).digest(), row)
+        if row.x is not None:
+            first.setdefault(hashlib.blake2b(row.x.tobytes(), digest_size=16).digest(), row)
     return list(first.values())
 
 
@@ -597,7 +597,8 @@ class LabelBuffer:
 
     def not_attributed(self, rows: Sequence[Labelled]) -> list[Labelled]:
         """Those that belong to no regime yet, so that no regime has learned from them."""
-        spans = self._db.execute("SELECT since, until FROM spans").fetchall()
+        oldest = min((r.sequence for r in rows), default=0)
+        spans = self._db.execute("SELECT since, until FROM spans WHERE until > ?", (oldest,)).fetchall()
         return [r for r in rows if not any(since <= r.sequence < until for since, until in spans)]
 
     def feedback(self, since: int, limit: int = -1) -> list[Labelled]:
