@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +75,11 @@ def listed(path: Path, people: Mapping[str, list[str]], share: float = 0.5) -> L
     return Labellers.listed(Clients(path), share)
 
 
+def images(n: int) -> Iterator[bytes]:
+    """Hashes of different images."""
+    return (i.to_bytes(16, "little") for i in range(n))
+
+
 def test_one_who_alone_may_label_decides(tmp_path: Path) -> None:
     """Nobody is limited where no keys are asked for, one client only may label, or the share is everything."""
     alone = listed(tmp_path / "one.yaml", {"a": ["label"], "cam": ["predict"], "o": ["admin"]})
@@ -86,8 +91,8 @@ def test_one_who_alone_may_label_decides(tmp_path: Path) -> None:
         assert labellers.used({"a": 300}) == {"a": 300}
         assert without_each(first, right, wrong, wrong, ["a"] * 40, labellers.limited).outcome == "accepted"
         tests = PairedTests(0.05, labellers.limited)
-        for _ in range(20):
-            tests.update("a", new_correct=False, previous_correct=True)
+        for image in images(20):
+            tests.update("a", image, new_correct=False, previous_correct=True)
         assert tests.disagrees
     assert alone.used({"cam": 5, "gone": 5, "o": 5}) == {"o": 5}
 
@@ -289,19 +294,33 @@ def test_a_candidate_must_hold_without_any_one_client() -> None:
 def test_one_client_can_neither_keep_nor_condemn_a_version() -> None:
     """Two clients' labels roll back what a third praises; a third's alone, however many, roll back nothing."""
     tests = PairedTests(0.05, frozenset("abc"))
+    pictures = images(360)
     for i in range(60):
-        tests.update("c", new_correct=True, previous_correct=False)
-        tests.update("ab"[i % 2], new_correct=i % 5 != 0, previous_correct=True)
+        tests.update("c", next(pictures), new_correct=True, previous_correct=False)
+        tests.update("ab"[i % 2], next(pictures), new_correct=i % 5 != 0, previous_correct=True)
     assert not tests.all.disagrees
     assert tests.disagrees
 
     good = PairedTests(0.05, frozenset("abc"))
     for i in range(60):
-        good.update("ab"[i % 2], new_correct=True, previous_correct=i % 3 != 0)
+        good.update("ab"[i % 2], next(pictures), new_correct=True, previous_correct=i % 3 != 0)
         for _ in range(3):
-            good.update("c", new_correct=False, previous_correct=True)
+            good.update("c", next(pictures), new_correct=False, previous_correct=True)
     assert good.all.disagrees
     assert not good.disagrees
+
+
+def test_an_image_that_comes_again_condemns_no_version() -> None:
+    """A hundred labels of one image count as one in probation; twenty of different images roll back."""
+    tests = PairedTests(0.05, frozenset())
+    stuck, *others = images(21)
+    for _ in range(100):
+        tests.update("a", stuck, new_correct=False, previous_correct=True)
+    assert tests.all.n_labels == 1
+    assert not tests.disagrees
+    for image in others:
+        tests.update("a", image, new_correct=False, previous_correct=True)
+    assert tests.disagrees
 
 
 def test_the_one_who_contradicts_the_others_is_named() -> None:

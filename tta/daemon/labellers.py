@@ -92,10 +92,17 @@ class PairedTests:
         self._limited = limited
         self.all = PairedTest(alpha / (1 + len(limited)))
         self._without = {client: PairedTest(self.all.alpha) for client in limited}
+        self._images = set[bytes]()
         self._lead: Counter[str] = Counter()  # by client: labels for the previous version less those for the new
 
-    def update(self, client: str, new_correct: bool, previous_correct: bool) -> None:
-        """Take one label of a client."""
+    def update(self, client: str, image: bytes, new_correct: bool, previous_correct: bool) -> None:
+        """Take one label of a client for an image, by its hash.
+
+        An image that comes again (a camera that hangs) is no new evidence.
+        """
+        if image in self._images:
+            return
+        self._images.add(image)
         for left_out, test in ((None, self.all), *self._without.items()):
             if left_out != client:
                 test.update(new_correct, previous_correct)

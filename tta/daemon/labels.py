@@ -144,13 +144,13 @@ def fits(row: Labelled, fit_fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fit_fraction * 2**64
 
 
-def distinct(rows: Sequence[Labelled]) -> list[Labelled]:
-    """The first of those with the same image, without those whose image is damaged."""
+def distinct(rows: Sequence[Labelled]) -> dict[bytes, Labelled]:
+    """By a hash of their image the first of those with the same, without those whose image is damaged."""
     first: dict[bytes, Labelled] = {}
     for row in rows:
         if row.x is not None:
             first.setdefault(hashlib.blake2b(row.x.tobytes(), digest_size=16).digest(), row)
-    return list(first.values())
+    return first
 
 
 def _open(path: Path, check: bool = True) -> sqlite3.Connection:
@@ -570,7 +570,7 @@ class LabelBuffer:
             fit: which side.
             limit: at most so many; -1 for all.
         """
-        return distinct(self._rows(SIDE, (since, int(fit)), limit))
+        return list(distinct(self._rows(SIDE, (since, int(fit)), limit)).values())
 
     def attribute(self, regime: int, since: int, until: int) -> None:
         """Say that the traffic from `since` to before `until` was of a regime; an empty span says nothing."""
@@ -593,7 +593,7 @@ class LabelBuffer:
             (regime, int(fit)),
             limit,
         )
-        return distinct(rows)
+        return list(distinct(rows).values())
 
     def not_attributed(self, rows: Sequence[Labelled]) -> list[Labelled]:
         """Those that belong to no regime yet, so that no regime has learned from them."""
