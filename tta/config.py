@@ -217,7 +217,10 @@ class GateConfig(Section):
         description="chance of promoting one that is no better, in one shift, over all attempts",
     )
     max_class_drop: float = Field(
-        0.2, ge=0, le=1, description="accuracy a class may lose against the serving version, if the labels show it"
+        0.2,
+        ge=0,
+        le=1,
+        description="accuracy, less false calls, a class may lose against the serving version, if labels show it",
     )
     rollback_alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of rolling back one that is no worse")
     probation_labels: int = Field(64, ge=1, description="live labels that end probation")

@@ -361,7 +361,7 @@ def test_feedback_of_one_client_alone_neither_condemns_nor_confirms() -> None:
 
 def heard(of_a: tuple[int, int], of_b: tuple[int, int]) -> Hearing:
     """Twenty labels of each client; of the present version and of the candidate so many are right."""
-    serving, candidate = ([i < n for n in pair for i in range(20)] for pair in zip(of_a, of_b, strict=True))
+    serving, candidate = ([int(i >= n) for n in pair for i in range(20)] for pair in zip(of_a, of_b, strict=True))
     return Hearing([0] * 40, candidate, serving, serving, ["a"] * 20 + ["b"] * 20, chosen=False)
 
 
@@ -382,8 +382,8 @@ def test_no_client_replaces_versions_in_a_rehearsal_alone() -> None:
 
 def test_no_rehearsal_costs_a_class() -> None:
     """Candidates that are right more often, but on one class far less, do not serve, with or without proof."""
-    serving = [True] * 20 + [False] * 40
-    candidate = [False] * 12 + [True] * 48
+    serving = [3] * 20 + [5] * 40
+    candidate = [5] * 12 + [3] * 8 + [4] * 40
     classes = [3] * 20 + [4] * 40
     hearing = Hearing(classes, candidate, serving, serving, ["a"] * 60, chosen=False)
     config = GateConfig()

@@ -2,9 +2,9 @@
 
 `accepted` if the paired exact test against the serving version passes, the candidate's point estimate is not
 below the source's nor, by more than a standard error, below the best label-free candidate's, and no class
-demonstrably falls by more than is allowed; `rejected` if it is not even better by the point estimate; otherwise
-`undecided`, with how many labels it probably needs. Where several clients may label, the same is asked by the
-labels of all but each (`without_each`).
+demonstrably falls by more than is allowed (`ClassGuard`); `rejected` if it is not even better by the point
+estimate; otherwise `undecided`, with how many labels it probably needs. Where several clients may label, the same
+is asked by the labels of all but each (`without_each`).
 """
 
 import math
@@ -33,8 +33,8 @@ class Verdict:
         n_labels: gate labels used.
         p_val: exact one-sided p that the candidate is no better than the serving version.
         labels_needed: for `undecided`: more gate labels that would probably decide.
-        worst_class: whose accuracy falls most against the serving version, beyond chance; None if none does.
-        worst_class_drop: by how much, in [0, 1].
+        worst_class: that falls most against the serving version, beyond chance; None if none does.
+        worst_class_drop: by how much, in [0, 1], as `ClassGuard` counts it.
         anchor: accuracy on the clean anchor images by version: "candidate", "serving" and "source". Never a
             veto: a cure of a strong shift may be bad on clean images, and home is recognised and recalled.
     """
@@ -58,14 +58,60 @@ class Verdict:
         return {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class ClassGuard:
+    """What a single class may lose for the sake of the others.
+
+    A class's accuracy is counted less the share of other classes' images that are called it (informedness: Youden,
+    Index for rating diagnostic tests, Cancer 1950). A network that under a shift calls everything a 9 is right on
+    every 9, and when it is cured no 9 is lost that was recognised.
+
+    Attributes:
+        classes: true class of each label.
+        candidate: class that the candidate calls it.
+        serving: class that the version in service calls it.
+        max_drop: what a class may lose, in [0, 1].
+    """
+
+    classes: Sequence[int]
+    candidate: Sequence[int]
+    serving: Sequence[int]
+    max_drop: float
+
+    def of(self, rows: Sequence[int]) -> "ClassGuard":
+        """The same on some of the labels, by their places."""
+        classes, candidate, serving = ([e[i] for i in rows] for e in (self.classes, self.candidate, self.serving))
+        return ClassGuard(classes, candidate, serving, self.max_drop)
+
+    def worst(self) -> tuple[int | None, float]:
+        """The class that falls most, among those whose losses outnumber their gains by more than chance.
+
+        Returns:
+            The class, None for none, and by how much it falls, in [0, 1].
+        """
+        worst, largest = None, 0.0
+        every = list(zip(self.classes, self.candidate, self.serving, strict=True))
+        for k in sorted(set(self.classes)):
+            own = [(new == k, old == k) for true, new, old in every if true == k]
+            others = [(new == k, old == k) for true, new, old in every if true != k]
+            gains, losses = _wins_and_losses(*zip(*own, strict=True))
+            drop = (losses - gains) / len(own) - sum(old - new for new, old in others) / max(1, len(others))
+            if drop > largest and binomial_tail(losses, losses + gains, 0.5) <= CLASS_ALPHA:
+                worst, largest = k, drop
+        return worst, min(1.0, largest)
+
+    def holds(self) -> bool:
+        """Whether no class falls by more than it may."""
+        return self.worst()[1] <= self.max_drop
+
+
 def judge(
     candidate: Sequence[bool],
     serving: Sequence[bool],
     source: Sequence[bool],
     label_free: Sequence[bool] | None,
     alpha: float,
-    classes: Sequence[int] = (),
-    max_class_drop: float = 1.0,
+    guard: ClassGuard | None = None,
 ) -> Verdict:
     """Judge a candidate.
 
@@ -75,8 +121,7 @@ def judge(
         source: the same for the source model.
         label_free: the same for the best candidate made without labels, if there is one and it is not this one.
         alpha: chance of accepting a candidate that is no better.
-        classes: true class of each gate label, for the guard of single classes; none by default.
-        max_class_drop: accuracy that a class may lose, in [0, 1].
+        guard: of single classes; none by default.
     """
     n = len(candidate)
     if n == 0:
@@ -89,14 +134,14 @@ def judge(
     assert home is not None
     outcome: Literal["accepted", "rejected", "undecided"] = "rejected"
     reason, needed = "", 0
-    worst, drop = worst_class(candidate, serving, classes)
+    worst, drop = guard.worst() if guard else (None, 0.0)
     if own <= now:
         reason = "no better than the serving version"
     elif own < home:
         reason = "below the source model"
     elif label_free is not None and behind(candidate, label_free):
         reason = "below the candidate made without labels"
-    elif drop > max_class_drop:
+    elif guard and drop > guard.max_drop:
         reason = f"class {worst} falls by {100 * drop:.0f} points"
     elif p_val <= alpha:
         outcome, reason = "accepted", "better than the serving version"
@@ -113,8 +158,7 @@ def without_each(
     source: Sequence[bool],
     clients: Sequence[str],
     limited: Iterable[str],
-    classes: Sequence[int] = (),
-    max_class_drop: float = 1.0,
+    guard: ClassGuard | None = None,
 ) -> Verdict:
     """The verdict, unless it rests on the labels of one client.
 
@@ -128,15 +172,13 @@ def without_each(
         source: see `judge`.
         clients: who gave each label.
         limited: clients that have to be left out in turn.
-        classes: see `judge`.
-        max_class_drop: see `judge`.
+        guard: see `judge`.
     """
     for client, rest in _left_out(clients, limited):
         if verdict.outcome != "accepted":
             break
         own, now, home = ([each[i] for i in rest] for each in (candidate, serving, source))
-        named = [classes[i] for i in rest] if classes else ()
-        others = judge(own, now, home, None, OTHERS_ALPHA, named, max_class_drop)
+        others = judge(own, now, home, None, OTHERS_ALPHA, guard.of(rest) if guard else None)
         if others.outcome != "accepted":
             needed = round(others.labels_needed * (len(clients) / len(rest) if rest else 1))
             reason = f"by the labels of all but client {client!r}: {others.reason}"
@@ -216,29 +258,6 @@ def _wins_and_losses(candidate: Sequence[bool], other: Sequence[bool]) -> tuple[
     """On how many labels only the candidate is right, and on how many only the other."""
     pairs = list(zip(candidate, other, strict=True))
     return sum(c and not o for c, o in pairs), sum(o and not c for c, o in pairs)
-
-
-def worst_class(
-    candidate: Sequence[bool], serving: Sequence[bool], classes: Sequence[int]
-) -> tuple[int | None, float]:
-    """The class that falls most, among those whose losses outnumber their gains by more than chance.
-
-    Args:
-        candidate: for each label, whether the candidate is right.
-        serving: the same for the version in service.
-        classes: true class of each label.
-
-    Returns:
-        The class, None for none, and by how much its accuracy falls, in [0, 1].
-    """
-    worst, largest = None, 0.0
-    for k in sorted(set(classes)):
-        own = [i for i, (true, _) in enumerate(zip(classes, candidate, strict=True)) if true == k]
-        gains, losses = _wins_and_losses([candidate[i] for i in own], [serving[i] for i in own])
-        drop = (losses - gains) / len(own)
-        if drop > largest and binomial_tail(losses, losses + gains, 0.5) <= CLASS_ALPHA:
-            worst, largest = k, drop
-    return worst, largest
 
 
 def _labels_needed(candidate: Sequence[bool], serving: Sequence[bool], alpha: float) -> int:

@@ -294,9 +294,9 @@ class Operation:
                 self._count(block, "failed")
                 concluded(Conclusion(0, 0.0, {"error": "the shadow could not run the candidate"}))
             else:
-                on_fit: list[list[bool]] = [[], [], []]
+                on_fit = [y_fit[:0]] * 3
                 if also_fit:
-                    on_fit = [(logits.argmax(axis=1) == y_fit).tolist() for logits, _ in good[-1]]
+                    on_fit = [logits.argmax(axis=1) for logits, _ in good[-1]]
                 concluded(self._judge(good[0], y, on_fit, y_fit, clients, limited, version, free, blocks, alpha))
 
         def folders(versions: list[int]) -> list[VersionFolder]:
@@ -311,7 +311,7 @@ class Operation:
         self,
         outputs: Outputs,
         y: Array,
-        on_fit: list[list[bool]],
+        on_fit: list[Array],
         y_fit: Array,
         clients: tuple[list[str], list[str]],
         limited: frozenset[str],
@@ -325,8 +325,8 @@ class Operation:
         Args:
             outputs: of candidate, serving, source and label-free candidate on gate and anchor images.
             y: (N,) the gate's labels.
-            on_fit: whether label-free candidate, serving and source are right on the fit labels. None of them has
-                learned from those, so they judge as well.
+            on_fit: (M,) each, or (0,) if they were not asked: what label-free candidate, serving and source call
+                the images of the fit labels. None of them has learned from those, so they judge as well.
             y_fit: (M,) the fit labels.
             clients: who gave the gate's labels and the fit labels.
             limited: those that do not decide alone.
@@ -336,23 +336,25 @@ class Operation:
             alpha: to spend.
         """
         block = blocks[0]
-        classes = [logits.argmax(axis=1) for logits, _ in outputs]
-        candidate, serving, source, *others = [(c[: len(y)] == y).tolist() for c in classes]
+        n = len(y)
+        called = [logits.argmax(axis=1) for logits, _ in outputs]
+        candidate, serving, source, *others = [(c[:n] == y).tolist() for c in called]
         label_free = others[0] if others else None
-        on_anchor = [float((c[len(y) :] == self.anchor["y"]).mean()) for c in classes]
-        guard = {"classes": y.tolist(), "max_class_drop": self.config.gate.max_class_drop}
+        on_anchor = [float((c[n:] == self.anchor["y"]).mean()) for c in called]
+        max_drop = self.config.gate.max_class_drop
+        guard = gate.ClassGuard(y.tolist(), called[0][:n].tolist(), called[1][:n].tolist(), max_drop)
         alpha /= 1 if free is None else 2  # two candidates share it
         gave, gave_fit = clients
-        verdict, kept = gate.judge(candidate, serving, source, label_free, alpha, **guard), on_anchor[0]
-        verdict = gate.without_each(verdict, candidate, serving, source, gave, limited, **guard)
+        verdict, kept = gate.judge(candidate, serving, source, label_free, alpha, guard), on_anchor[0]
+        verdict = gate.without_each(verdict, candidate, serving, source, gave, limited, guard)
         if label_free is not None and free is not None:
-            guard["classes"] = [*y.tolist(), *y_fit.tolist()]
-            all_free, all_serving, all_source = (
-                a + b for a, b in zip((label_free, serving, source), on_fit, strict=True)
-            )
-            plain = gate.judge(all_free, all_serving, all_source, None, alpha, **guard)
+            y_all = np.concatenate([y, y_fit])
+            trio = [np.concatenate([called[i][:n], rest]) for i, rest in zip((3, 1, 2), on_fit, strict=True)]
+            all_free, all_serving, all_source = [(c == y_all).tolist() for c in trio]
+            guard = gate.ClassGuard(y_all.tolist(), trio[0].tolist(), trio[1].tolist(), max_drop)
+            plain = gate.judge(all_free, all_serving, all_source, None, alpha, guard)
             everybody = [*gave, *gave_fit]
-            plain = gate.without_each(plain, all_free, all_serving, all_source, everybody, limited, **guard)
+            plain = gate.without_each(plain, all_free, all_serving, all_source, everybody, limited, guard)
             better = verdict.outcome != "accepted" or sum(label_free) > sum(candidate)
             if better and plain.outcome == "accepted":
                 self._count(block, verdict.outcome)

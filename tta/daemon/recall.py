@@ -78,13 +78,15 @@ class RecallByLabels:
             self._asking = False
             if outputs is None or case.onset != onset:  # of a shift that is over
                 return
-            serving, *rights = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
+            called = [logits.argmax(axis=1) for logits, _ in outputs]
+            serving, *rights = [(each == y).tolist() for each in called]
             best = max(range(len(rights)), key=lambda i: sum(rights[i]))
             regime, right = candidates[best], rights[best]
-            guard = y.tolist(), self._config.gate.max_class_drop
-            verdict = gate.judge(right, serving, right, None, alpha / len(candidates), *guard)
+            allowed = self._config.gate.max_class_drop
+            guard = gate.ClassGuard(y.tolist(), called[1 + best].tolist(), called[0].tolist(), allowed)
+            verdict = gate.judge(right, serving, right, None, alpha / len(candidates), guard)
             clients = [r.client for r in rows]
-            verdict = gate.without_each(verdict, right, serving, right, clients, limited, *guard)
+            verdict = gate.without_each(verdict, right, serving, right, clients, limited, guard)
             still = regime.number in self._library.regimes
             known = still and verdict.outcome == "accepted" and gate.does_as_well(right, regime.accuracy)
             then(regime if known else None, verdict)

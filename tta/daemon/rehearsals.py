@@ -34,14 +34,26 @@ GROWTH = 1.5  # times the images seen at the last rehearsal, and it is time for 
 
 @dataclass(frozen=True)
 class Hearing:
-    """Correctness on a regime's gate labels."""
+    """What a regime's candidate, its present version and the source call the images of its gate labels."""
 
-    classes: list[int]
-    candidate: list[bool]
-    serving: list[bool]
-    source: list[bool]
-    clients: list[str]  # who gave them
+    classes: list[int]  # that they are of
+    candidate: list[int]
+    serving: list[int]
+    source: list[int]
+    clients: list[str]  # who gave the labels
     chosen: bool  # whether these labels have chosen the present version
+
+    def right(self) -> tuple[list[bool], list[bool], list[bool]]:
+        """Whether candidate, present version and source are right on each."""
+
+        def of(called: list[int]) -> list[bool]:
+            return [c == true for c, true in zip(called, self.classes, strict=True)]
+
+        return of(self.candidate), of(self.serving), of(self.source)
+
+    def guard(self, max_drop: float) -> gate.ClassGuard:
+        """Of single classes."""
+        return gate.ClassGuard(self.classes, self.candidate, self.serving, max_drop)
 
 
 class Rehearsals:
@@ -140,8 +152,8 @@ class Rehearsals:
                 outputs: Outputs | None, number: int = number, y: Any = y, gave: Any = gave, chosen: bool = chosen
             ) -> None:
                 if outputs is not None:
-                    right = [(logits.argmax(axis=1) == y).tolist() for logits, _ in outputs]
-                    heard[number] = Hearing(y.tolist(), right[0], right[1], right[2], gave, chosen)
+                    called = [logits.argmax(axis=1).tolist() for logits, _ in outputs]
+                    heard[number] = Hearing(y.tolist(), called[0], called[1], called[2], gave, chosen)
                 self._hear(versions, waiting, heard)
 
             self.shadow.ask(trio, x, then)
@@ -169,7 +181,8 @@ class Rehearsals:
                 self.store.discard(version, None if serves else verdict.fields())
                 continue
             self.store.amend(version, verdict={**verdict.fields(), "of_regimes": len(heard)})
-            accuracy = sum(own.candidate) / len(own.candidate)
+            candidate, *_ = own.right()
+            accuracy = sum(candidate) / len(candidate)
             self.library.update(number, version=version, accuracy=accuracy)
             replaced[str(number)] = version
         self._record("rehearsed", regimes_served=replaced, regimes_judged=sorted(heard), **verdict.fields())
@@ -188,16 +201,19 @@ def verdict_of(
             that no class falls by more than the guard allows.
     """
     every = list(heard)
-    candidate, serving, source, classes, clients = (
-        [each for hearing in every for each in getattr(hearing, name)]
-        for name in ("candidate", "serving", "source", "classes", "clients")
-    )
-    verdict = gate.judge(candidate, serving, source, None, config.alpha / 2, classes, config.max_class_drop)
-    guard = (classes, config.max_class_drop)
-    verdict = gate.without_each(verdict, candidate, serving, source, clients, limited, *guard)
+
+    def all_of(name: str) -> list[Any]:
+        return [each for hearing in every for each in getattr(hearing, name)]
+
+    called = all_of("candidate"), all_of("serving"), all_of("source")
+    together = Hearing(all_of("classes"), *called, all_of("clients"), chosen=False)
+    candidate, serving, source = together.right()
+    clients, guard = together.clients, together.guard(config.max_class_drop)
+    verdict = gate.judge(candidate, serving, source, None, config.alpha / 2, guard)
+    verdict = gate.without_each(verdict, candidate, serving, source, clients, limited, guard)
     alone = gate.carried_by(candidate, (serving, source), clients, limited)
     unproven = not gate.behind(candidate, serving) and sum(candidate) >= sum(source) and len(candidate) > 0
-    unproven = unproven and verdict.worst_class_drop <= config.max_class_drop
+    unproven = unproven and guard.holds()
     if not proof and unproven and alone is None and verdict.outcome != "accepted":
         return replace(verdict, outcome="accepted", reason="not behind the serving version"), True
     return verdict, verdict.outcome == "accepted"
@@ -205,8 +221,9 @@ def verdict_of(
 
 def gains(own: Hearing, limited: Iterable[str], max_class_drop: float) -> bool:
     """Whether a regime's own labels, also those of all but one client, do not speak against its candidate."""
-    if gate.worst_class(own.candidate, own.serving, own.classes)[1] > max_class_drop:
+    candidate, serving, source = own.right()
+    if not own.guard(max_class_drop).holds():
         return False
-    if gate.carried_by(own.candidate, (own.serving, own.source), own.clients, limited) is not None:
+    if gate.carried_by(candidate, (serving, source), own.clients, limited) is not None:
         return False
-    return not gate.behind(own.candidate, own.serving) and sum(own.candidate) >= sum(own.source)
+    return not gate.behind(candidate, serving) and sum(candidate) >= sum(source)

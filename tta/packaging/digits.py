@@ -90,20 +90,30 @@ def corrupt(x: Array, corruption: str, seed: int) -> Array:
     return result
 
 
-def train(epochs: int, seed: int, progress: Callable[[int, int], None]) -> nn.Module:
-    """Train the source model on warped digits.
+def train(
+    epochs: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+    source: str = SOURCE,
+    kwargs: dict[str, Any] = KWARGS,
+    learning_rate: float = 4e-3,
+) -> nn.Module:
+    """Train a model on warped digits; by default the source model of the demo.
 
     Args:
         epochs: passes over 4,000 images, freshly warped each time.
         seed: of weights and data.
         progress: told (step, steps).
+        source: architecture, as `tta package --model` takes it.
+        kwargs: it is built with.
+        learning_rate: highest.
     """
     torch.manual_seed(seed)
-    model = build_model(SOURCE, KWARGS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=1e-2)
+    model = build_model(source, kwargs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
     n, batch = 4000, 64
     steps = epochs * (n // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps)
     step = 0
     model.train()
     for epoch in range(epochs):
