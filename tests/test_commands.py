@@ -220,6 +220,18 @@ def test_a_changed_bundle_is_not_served(bundle_path: Path, tmp_path: Path) -> No
     assert "weights.safetensors" in result.stderr
 
 
+def test_a_block_the_model_lacks_is_not_tuned(bundle_path: Path, tmp_path: Path) -> None:
+    """A selection that is no block of the model stops `tta serve` before it listens, and lists the model's."""
+    settings = tmp_path / "c.yaml"
+    settings.write_text(f"state: {tmp_path / 'state'}\nadapt: {{selection: layer9}}\n")
+
+    result = tta("serve", bundle_path, "--config", settings)
+
+    assert result.returncode == 2
+    assert "adapt.selection = 'layer9'" in result.stderr
+    assert "block1, block2" in result.stderr
+
+
 def test_http_shows_metrics_and_health(daemon: DaemonProcess) -> None:
     """/metrics parses and counts what was sent; /livez and /readyz say ok; anything else is not found."""
     x, _ = digits("stream", 30, seed=8)
