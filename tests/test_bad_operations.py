@@ -34,14 +34,13 @@ def verdict_on(daemon: DaemonProcess, x: np.ndarray, y: np.ndarray) -> dict:
     ("settings", "one_class", "why"),
     [
         ({}, True, "are of one class"),
-        ({"adapt.selection": "block1", "adapt.learning_rates": [0.0]}, False, "learning rate 0 changes nothing"),
         ({"adapt.budget_s": 0.001}, False, "adapt.budget_s = 0.001 s is too short"),
     ],
 )
 def test_what_cannot_be_operated_on_says_why(
     start_daemon: Callable[..., DaemonProcess], settings: dict, one_class: bool, why: str
 ) -> None:
-    """Labels of one class, a learning rate of zero, no time: the verdict names it, and the source serves on."""
+    """Labels of one class, no time: the verdict names it, and the source serves on."""
     x, y = digits("stream", 120, seed=61)
 
     event = verdict_on(start_daemon(**QUIET, **settings), x[:48], np.zeros_like(y[:48]) if one_class else y[:48])

@@ -35,6 +35,7 @@ def test_flags_beat_environment_beats_file(tmp_path: Path, monkeypatch: pytest.M
     [
         ("server: {treads: 2}", "unknown key 'server.treads': did you mean 'server.threads'"),
         ("server: {threads: 0}", "server.threads = 0"),
+        ("adapt: {learning_rates: [1e-3, 0.0]}", "adapt.learning_rates.1 = 0.0: Input should be greater than 0"),
         ("mode: sometimes", "mode = 'sometimes'"),
         ("gate: {alpha: 0.9}", "gate.alpha = 0.9"),
         ("server: {endpoint: 'tcp://a:1,tcp://a:1'}", "name each once"),

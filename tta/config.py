@@ -30,6 +30,7 @@ SELECTIONS = ("race", "cross-validate", "diagnosis", *METHODS)
 
 # No ";", which names a source address besides, and no abstract socket (ipc://@), which no permissions guard.
 _ADDRESS = r"(tcp://[^,;]+|ipc://[^@,;][^,;]*)"
+LearningRate = Annotated[float, Field(gt=0, le=100)]
 Endpoint = Annotated[str, Field(pattern=rf"^{_ADDRESS}$")]
 Endpoints = Annotated[str, Field(pattern=rf"^{_ADDRESS}(,{_ADDRESS})*$")]
 MAX_SERVERS = 16  # their prediction ids have to fit a double
@@ -173,8 +174,10 @@ class AdaptConfig(Section):
         20, ge=1, le=1000, description="passes over the fit labels; beside the window half, or more if few"
     )
     batch_size: int = Field(32, ge=2, description="labels a step")
-    learning_rates: tuple[float, ...] = Field((1e-3, 3e-3), min_length=1, description="of blocks before the head")
-    head_learning_rates: tuple[float, ...] = Field((1e-2, 1e-1), min_length=1, description="of the head")
+    learning_rates: tuple[LearningRate, ...] = Field(
+        (1e-3, 3e-3), min_length=1, description="of blocks before the head"
+    )
+    head_learning_rates: tuple[LearningRate, ...] = Field((1e-2, 1e-1), min_length=1, description="of the head")
     window: int = Field(
         1500,
         ge=64,

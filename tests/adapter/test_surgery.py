@@ -109,6 +109,17 @@ def test_surgery_is_deterministic(digits_model: nn.Module, anatomy: Anatomy) -> 
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
 
 
+def test_a_learning_rate_of_zero_is_refused(patient: Patient, anatomy: Anatomy) -> None:
+    """A plan that could change nothing is an error that names the rate, and the weights stay."""
+    x, y = digits("stream", 48, seed=1)
+    before = patient.state()
+
+    with pytest.raises(AdaptationError, match="learning rate 0 changes nothing"):
+        tune(patient, known(patient, x, y), plan(anatomy, "block1", lr=0.0))
+
+    assert not delta_of(patient.state(), before)
+
+
 def test_normalisation_is_that_of_the_window(patient: Patient) -> None:
     """Re-estimated statistics of the first norm equal the mean and variance of its input over the window."""
     x, _ = digits("stream", 200, seed=3)
