@@ -29,7 +29,7 @@ SHOWN = {
     "roid/16": "ROID, batches of 16",
     "full": "full fine-tuning, same labels",
     "replay": "full fine-tuning, same labels replayed",
-    "replay/told": "the same, told of changes",
+    "replay/told": "the same labels replayed, told of changes",
     "tta, proven only": "tta, nothing served that labels have not proven",
     "tta, no rehearsal": "tta, each regime learning alone",
     FEEDBACK: "tta, told of no class but only right or wrong",
@@ -283,22 +283,27 @@ def draw(result: Json, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(11, 5), layout="constrained")
     colours = plt.get_cmap("tab20")(np.linspace(0, 1, len(SHOWN)))
     for (method, shown), colour in zip(SHOWN.items(), colours, strict=True):
         runs = pick(result, method)
         if not runs or method in FEW:
             continue
         values = np.mean([c["by_visit"] for c in runs], axis=0)
-        ours = method == "tta"
-        style = {"color": "#1f6f4a", "linewidth": 2.6} if ours else {"color": colour, "linewidth": 1.2}
+        line = "--" if method.endswith("/told") else ":" if method.endswith("/16") else "-"
+        style = {"color": "#1f6f4a" if method.startswith("tta") else colour, "linestyle": line, "linewidth": 1.2}
+        if method == "tta":
+            style["linewidth"] = 2.6
+        elif method.startswith("tta"):
+            style["linestyle"] = "-." if method == "tta, proven only" else "--"
         axis.plot(range(1, len(values) + 1), values, label=shown.strip("*"), **style)
     axis.set_xlabel("visit (the first: 1,000 images a corruption, 128 labels; then 200 without)")
     axis.set_ylabel("error, %")
     axis.set_xticks(range(1, N_VISITS + 1))
-    axis.set_ylim(top=56)  # room for the legend
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, ncols=2, frameon=False)
+    lines, names = axis.get_legend_handles_labels()
+    order = np.argsort([-np.mean(line.get_ydata()) for line in lines])  # as the lines lie
+    figure.legend([lines[i] for i in order], [names[i] for i in order], loc="outside right upper", fontsize=8)
     axis.set_title("15 corruptions, severity 5, ResNet-20 on CIFAR-10")
     figure.savefig(path, dpi=110)
     plt.close(figure)
