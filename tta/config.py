@@ -30,7 +30,7 @@ SELECTIONS = ("race", "cross-validate", "diagnosis", *METHODS)
 
 # No ";", which names a source address besides, and no abstract socket (ipc://@), which no permissions guard.
 _ADDRESS = r"(tcp://[^,;]+|ipc://[^@,;][^,;]*)"
-LearningRate = Annotated[float, Field(gt=0, le=100)]
+LearningRate = Annotated[float, Field(gt=0)]
 Endpoint = Annotated[str, Field(pattern=rf"^{_ADDRESS}$")]
 Endpoints = Annotated[str, Field(pattern=rf"^{_ADDRESS}(,{_ADDRESS})*$")]
 MAX_SERVERS = 16  # their prediction ids have to fit a double
@@ -226,7 +226,7 @@ class GateConfig(Section):
         description="accuracy, less false calls, a class may lose against the serving version, if labels show it",
     )
     rollback_alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of rolling back one that is no worse")
-    probation_labels: int = Field(64, ge=1, description="live labels that end probation")
+    probation_labels: int = Field(64, ge=1, description="live labels of different images that end probation")
     probation_s: float = Field(60.0, gt=0, description="seconds that end probation without labels")
 
 

@@ -53,7 +53,7 @@ SLOW_PEERS = ("cotta", "bitta")  # 40 passes an image
 SHORT = 2  # visits of the runs with late or wrong labels
 CODE = ("bench/stream/data.py", "bench/corruptions.py", "bench/cifar.py")
 DECIDING = (
-    *("case", "cycle", "daemon", "gate", "labels", "ledger", "library", "operation"),
+    *("case", "cycle", "daemon", "gate", "labellers", "labels", "ledger", "library", "operation"),
     *("probation", "recall", "rehearsals", "treatment", "watch"),
 )
 OUR_CODE = (

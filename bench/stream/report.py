@@ -172,12 +172,19 @@ def best_peer(result: Json, told: bool) -> tuple[str, float] | None:
     return min(known.items(), key=lambda item: item[1]) if known else None
 
 
+def gap(result: Json, peer: str) -> tuple[float, int]:
+    """Error less a peer's, over first pass and visits, on the seeds that both have; and how many those are."""
+    own, other = ({c["seed"]: overall(c) for c in pick(result, m)} for m in ("tta", peer))
+    both = own.keys() & other.keys()
+    return float(np.mean([own[seed] - other[seed] for seed in both])), len(both)
+
+
 def verdicts(result: Json) -> list[str]:
     """What the bars ask."""
     runs, best = pick(result, "tta"), [best_peer(result, told) for told in (False, True)]
     if not runs or best[0] is None:
         return []
-    own = mean([overall(c) for c in runs]) or 0.0
+    gaps = [(b[0], *gap(result, b[0])) for b in best if b is not None]
     worst = [
         max((c["visits_by_corruption"][k] - c["visits_source_by_corruption"][k], k) for k in CORRUPTIONS)
         for c in runs
@@ -186,9 +193,9 @@ def verdicts(result: Json) -> list[str]:
     clean = mean([c["parts"]["clean"] for c in runs]), mean([c["parts"]["clean"] for c in home])
     lines = [
         *(
-            f"Against the best peer {how} ({SHOWN[b[0]]}): {own - b[1]:+.1f} points of error, mean of first pass and visits."
-            for how, b in zip(("that is not told of changes", "that is"), best, strict=True)
-            if b is not None
+            f"Against the best peer {how} ({SHOWN[peer]}): {points:+.1f} points of error, mean of first pass and visits, "
+            f"on the seeds that both have: {n}."
+            for how, (peer, points, n) in zip(("that is not told of changes", "that is"), gaps, strict=False)
         ),
         f"Visit 20 against the first pass: {number(mean([c['by_visit'][-1] - c['by_visit'][0] for c in runs]))} points.",
         "Worst corruption over visits, against the source on the same images: "

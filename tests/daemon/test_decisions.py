@@ -52,7 +52,9 @@ def test_labels_must_beat_what_needs_none() -> None:
     assert close.outcome == "accepted"
 
 
-def on_two_classes(candidate: tuple[int, int], serving: tuple[int, int], called: int, n: int) -> Verdict:
+def on_two_classes(
+    candidate: tuple[int, int], serving: tuple[int, int], called: int, n: int, max_drop: float = 0.2
+) -> Verdict:
     """Sixty labels of class 0 and `n` of class 1, of each so many right; what `serving` gets wrong it calls so."""
     classes = [0] * 60 + [1] * n
     right = [[*correct(first, 60), *correct(second, n)] for first, second in (candidate, serving)]
@@ -60,7 +62,7 @@ def on_two_classes(candidate: tuple[int, int], serving: tuple[int, int], called:
         [true if r else wrong for true, r in zip(classes, each, strict=True)]
         for each, wrong in zip(right, (2, called), strict=True)
     )
-    return judge(right[0], right[1], right[1], None, 0.05, ClassGuard(classes, own, now, 0.2))
+    return judge(right[0], right[1], right[1], None, 0.05, ClassGuard(classes, own, now, max_drop))
 
 
 def test_a_class_that_falls_is_not_sold_for_the_others() -> None:
@@ -69,8 +71,8 @@ def test_a_class_that_falls_is_not_sold_for_the_others() -> None:
 
     assert (verdict.outcome, verdict.worst_class) == ("rejected", 1)
     assert verdict.worst_class_drop == pytest.approx(0.6)
-    assert verdict.reason == "class 1 falls by 60 points"
-    assert judge(correct(54, 70), correct(30, 70), correct(30, 70), None, 0.05).outcome == "accepted"
+    assert verdict.reason == "class 1 falls by 60 points, false calls counted"
+    assert on_two_classes((50, 4), (20, 10), called=2, n=10, max_drop=0.6).outcome == "accepted"
 
 
 def test_a_network_that_calls_everything_one_class_can_be_cured() -> None:
@@ -79,6 +81,7 @@ def test_a_network_that_calls_everything_one_class_can_be_cured() -> None:
 
     assert verdict.outcome == "accepted"
     assert verdict.worst_class is None
+    assert (verdict.recall_class, verdict.recall_drop) == (1, pytest.approx(0.6))
 
 
 def test_a_class_may_fall_by_chance() -> None:

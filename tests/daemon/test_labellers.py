@@ -323,6 +323,20 @@ def test_an_image_that_comes_again_condemns_no_version() -> None:
     assert tests.disagrees
 
 
+def test_nobody_hides_an_image_by_labelling_it_first() -> None:
+    """Sixty images that one client praises first and two others then condemn roll back, and so do two clients'."""
+    first, alone = PairedTests(0.05, frozenset("abc")), PairedTests(0.05, frozenset("ab"))
+    for image in images(60):
+        for client in "cab":
+            first.update(client, image, client == "c", client != "c")
+        for client in "ab":
+            alone.update(client, image, new_correct=False, previous_correct=True)
+
+    assert not first.all.disagrees
+    assert first.disagrees
+    assert alone.disagrees
+
+
 def test_the_one_who_contradicts_the_others_is_named() -> None:
     """Of five clients the one that calls right answers wrong is named, and nobody where they differ by chance."""
     rng = np.random.default_rng(0)

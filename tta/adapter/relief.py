@@ -68,7 +68,7 @@ def relieve(
         progress: told (what, done, of).
 
     Raises:
-        AdaptationError: the network has no batch normalisation, or no such block.
+        AdaptationError: every start needs labels (no batch normalisation, nothing rehearsed), or no such block.
     """
     free = [name for name in LABEL_FREE if name in starts]
     if not free:

@@ -1,4 +1,4 @@
-"""The verdict on a candidate, from correctness on labels it was not fitted on. No I/O.
+"""The verdict on a candidate, from its answers on labels it was not fitted on. No I/O.
 
 `accepted` if the paired exact test against the serving version passes, the candidate's point estimate is not
 below the source's nor, by more than a standard error, below the best label-free candidate's, and no class
@@ -8,6 +8,7 @@ is asked by the labels of all but each (`without_each`).
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -34,7 +35,9 @@ class Verdict:
         p_val: exact one-sided p that the candidate is no better than the serving version.
         labels_needed: for `undecided`: more gate labels that would probably decide.
         worst_class: that falls most against the serving version, beyond chance; None if none does.
-        worst_class_drop: by how much, in [0, 1], as `ClassGuard` counts it.
+        worst_class_drop: by how much, in [0, 1], as `ClassGuard` counts it: less false calls.
+        recall_class: whose plain accuracy falls most, beyond chance; None if none does. No veto.
+        recall_drop: by how much, in [0, 1].
         anchor: accuracy on the clean anchor images by version: "candidate", "serving" and "source". Never a
             veto: a cure of a strong shift may be bad on clean images, and home is recognised and recalled.
     """
@@ -51,6 +54,8 @@ class Verdict:
     labels_needed: int = 0
     worst_class: int | None = None
     worst_class_drop: float = 0.0
+    recall_class: int | None = None
+    recall_drop: float = 0.0
     anchor: dict[str, float] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
@@ -83,26 +88,28 @@ class ClassGuard:
         classes, candidate, serving = ([e[i] for i in rows] for e in (self.classes, self.candidate, self.serving))
         return ClassGuard(classes, candidate, serving, self.max_drop)
 
-    def worst(self) -> tuple[int | None, float]:
-        """The class that falls most, among those whose losses outnumber their gains by more than chance.
+    def falls(self) -> list[tuple[int, float, float]]:
+        """Classes whose losses outnumber their gains by more than chance.
 
         Returns:
-            The class, None for none, and by how much it falls, in [0, 1].
+            For each the class, how much of its accuracy is lost, in (0, 1], and how much of its accuracy less
+            false calls, in [-1, 1].
         """
-        worst, largest = None, 0.0
-        every = list(zip(self.classes, self.candidate, self.serving, strict=True))
-        for k in sorted(set(self.classes)):
-            own = [(new == k, old == k) for true, new, old in every if true == k]
-            others = [(new == k, old == k) for true, new, old in every if true != k]
-            gains, losses = _wins_and_losses(*zip(*own, strict=True))
-            drop = (losses - gains) / len(own) - sum(old - new for new, old in others) / max(1, len(others))
-            if drop > largest and binomial_tail(losses, losses + gains, 0.5) <= CLASS_ALPHA:
-                worst, largest = k, drop
-        return worst, min(1.0, largest)
+        n, both = Counter(self.classes), list(zip(self.classes, self.candidate, self.serving, strict=True))
+        gains = Counter(true for true, new, old in both if new == true != old)
+        losses = Counter(true for true, new, old in both if new != true == old)
+        false_calls = Counter(old for true, _, old in both if old != true)
+        false_calls.subtract(new for true, new, _ in both if new != true)
+        found = []
+        for k in sorted(losses):
+            if binomial_tail(losses[k], losses[k] + gains[k], 0.5) <= CLASS_ALPHA:
+                lost = (losses[k] - gains[k]) / n[k]
+                found.append((k, lost, min(1.0, lost - false_calls[k] / max(1, len(both) - n[k]))))
+        return found
 
     def holds(self) -> bool:
         """Whether no class falls by more than it may."""
-        return self.worst()[1] <= self.max_drop
+        return all(drop <= self.max_drop for _, _, drop in self.falls())
 
 
 def judge(
@@ -134,7 +141,11 @@ def judge(
     assert home is not None
     outcome: Literal["accepted", "rejected", "undecided"] = "rejected"
     reason, needed = "", 0
-    worst, drop = guard.worst() if guard else (None, 0.0)
+    falls = guard.falls() if guard else []
+    worst, _, drop = max(falls, key=lambda fall: fall[2], default=(None, 0.0, 0.0))
+    of, lost, _ = max(falls, key=lambda fall: fall[1], default=(None, 0.0, 0.0))
+    if drop <= 0:
+        worst, drop = None, 0.0
     if own <= now:
         reason = "no better than the serving version"
     elif own < home:
@@ -142,13 +153,13 @@ def judge(
     elif label_free is not None and behind(candidate, label_free):
         reason = "below the candidate made without labels"
     elif guard and drop > guard.max_drop:
-        reason = f"class {worst} falls by {100 * drop:.0f} points"
+        reason = f"class {worst} falls by {100 * drop:.0f} points, false calls counted"
     elif p_val <= alpha:
         outcome, reason = "accepted", "better than the serving version"
     else:
         outcome, reason = "undecided", "better, but it may be chance"
         needed = _labels_needed(candidate, serving, alpha)
-    return Verdict(outcome, reason, n, p_val, alpha, own, now, home, free, needed, worst, drop)
+    return Verdict(outcome, reason, n, p_val, alpha, own, now, home, free, needed, worst, drop, of, lost)
 
 
 def without_each(

@@ -92,21 +92,23 @@ class PairedTests:
         self._limited = limited
         self.all = PairedTest(alpha / (1 + len(limited)))
         self._without = {client: PairedTest(self.all.alpha) for client in limited}
-        self._images = set[bytes]()
         self._lead: Counter[str] = Counter()  # by client: labels for the previous version less those for the new
+        self._tested = set[tuple[str | None, bytes]]()  # who is left out, and image
+        self._led = set[tuple[str, bytes]]()  # client and image
 
     def update(self, client: str, image: bytes, new_correct: bool, previous_correct: bool) -> None:
         """Take one label of a client for an image, by its hash.
 
-        An image that comes again (a camera that hangs) is no new evidence.
+        An image that comes again (a camera that hangs) is no new evidence: each test, and each client's lead,
+        counts it once, with the label that came first.
         """
-        if image in self._images:
-            return
-        self._images.add(image)
         for left_out, test in ((None, self.all), *self._without.items()):
-            if left_out != client:
+            if left_out != client and (left_out, image) not in self._tested:
+                self._tested.add((left_out, image))
                 test.update(new_correct, previous_correct)
-        self._lead[client] += previous_correct - new_correct
+        if (client, image) not in self._led:
+            self._led.add((client, image))
+            self._lead[client] += previous_correct - new_correct
 
     @property
     def disagrees(self) -> bool:

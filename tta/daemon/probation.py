@@ -148,7 +148,8 @@ class Probation:
     def _compare_rates(self, pair: Comparison) -> None:
         """How often were serving version and rival called wrong, each on its own samples of the shift?
 
-        Feedback does not say what another version should have answered, so the two cannot be paired.
+        Feedback does not say what another version should have answered, so the two cannot be paired. Every answer
+        counts, also for an image that came before.
         """
         assert pair.rival is not None
         onset, versions = pair.onset, (pair.serving, pair.rival)

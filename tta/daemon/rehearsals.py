@@ -213,7 +213,7 @@ def verdict_of(
     verdict = gate.without_each(verdict, candidate, serving, source, clients, limited, guard)
     alone = gate.carried_by(candidate, (serving, source), clients, limited)
     unproven = not gate.behind(candidate, serving) and sum(candidate) >= sum(source) and len(candidate) > 0
-    unproven = unproven and guard.holds()
+    unproven = unproven and verdict.worst_class_drop <= config.max_class_drop
     if not proof and unproven and alone is None and verdict.outcome != "accepted":
         return replace(verdict, outcome="accepted", reason="not behind the serving version"), True
     return verdict, verdict.outcome == "accepted"
