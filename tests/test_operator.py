@@ -220,6 +220,39 @@ def test_relief_needs_no_labels_and_is_remembered(
     assert accuracy(predictor.prepare(folder)) > accuracy(predictor.prepare()) + 0.1
 
 
+def test_a_camera_that_hangs_rolls_nothing_back(
+    start_daemon: Callable[..., DaemonProcess], noisy: tuple, bundle: Bundle
+) -> None:
+    """In probation sixty labels of one picture take no version back, and labels of different pictures do."""
+    quiet = {"monitor.arl": 1e9, "monitor.label_arl": 1e9, "adapt.labels": 5000}
+    daemon = start_daemon(**quiet, **{"gate.probation_s": 600.0, "gate.probation_labels": 10_000})
+    source = Predictor(bundle, "cpu")
+    source.activate(source.prepare())
+    x, y = noisy
+    believed = np.concatenate([source.run(x[i : i + 32]).logits.argmax(axis=1) for i in range(0, 480, 32)])
+    with daemon.client() as client:
+
+        def label(rows: np.ndarray, classes: np.ndarray) -> None:
+            answers = [client.predict(x[i]) for i in rows]
+            assert set(client.label([a.prediction_id for a in answers], classes[rows])) == {"joined"}
+
+        label(np.arange(240), y)
+        until(lambda: status(daemon).get("state") == "drifted", "the alarm")
+        client.call(Adapt())
+        until(lambda: status(daemon).get("state") == "probation", "the promotion", 120)
+        called = np.concatenate([client.predict(image).classes for image in x[:480]])
+        differ = 240 + np.flatnonzero(called[240:] != believed[240:])
+
+        for i in range(60):
+            label(differ[:1], believed)
+            for image in x[240 + 4 * (i % 60) :][:4]:  # the others see what they always do
+                client.predict(image)
+        assert not events_named("disagreed", daemon)
+        for rows in np.array_split(differ[1:], 4):
+            label(rows, believed)
+        until(lambda: events_named("disagreed", daemon), "the rollback", 60)
+
+
 def test_labels_take_over_from_relief(shifted: Callable) -> None:
     """Where labels come after relief, the gate compares with what served before it, and the cure is promoted."""
     daemon, _ = shifted(**{"adapt.label_free": "immediate"})
