@@ -102,7 +102,10 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "cifar_loop.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.out / "cifar_loop.md").write_text(table(result))
-    (arguments.out / "cost.md").write_text("\n".join(["# Cost of an operation", "", *cost_table(cost)]) + "\n")
+    run = f"{result['date']}, commit {result['commit']}, `{result['command']}`."
+    (arguments.out / "cost.md").write_text(
+        "\n".join(["# Cost of an operation", "", run, *cost_table(cost)]) + "\n"
+    )
     draw_timeline(
         scenario,
         arguments.out / "cifar_loop.png",
