@@ -1,6 +1,7 @@
 """The commands, as a user types them, against a real daemon."""
 
 import json
+import os
 import subprocess
 import sys
 import urllib.error
@@ -218,6 +219,21 @@ def test_a_changed_bundle_is_not_served(bundle_path: Path, tmp_path: Path) -> No
 
     assert result.returncode == 2
     assert "weights.safetensors" in result.stderr
+
+
+def test_a_narrow_terminal_cuts_nothing_off() -> None:
+    """On 40 columns a table's long last column goes on in the next lines, and every other is whole."""
+    code = (
+        "from tta.commands.output import print_table; print_table(['version', 'gate'], [[123456, 'word ' * 30]])"
+    )
+
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "40"}
+    )
+
+    assert "version" in result.stdout
+    assert "123456" in result.stdout
+    assert result.stdout.count("word") == 30
 
 
 def test_a_block_the_model_lacks_is_not_tuned(bundle_path: Path, tmp_path: Path) -> None:

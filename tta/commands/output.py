@@ -62,12 +62,12 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
-    """A table for people."""
+    """A table for people; where it is too wide, the last column's text goes on in the next line."""
     table = Table(
         title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for column in columns:
-        table.add_column(column, no_wrap=True)
+    for i, column in enumerate(columns):
+        table.add_column(column, no_wrap=i < len(columns) - 1)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     console.print(table)
