@@ -26,7 +26,7 @@ def faded(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("source", "kwargs", "epochs", "learning_rate", "max_class_drop"),
     [
-        # This one calls most faded digits 9, the first cures hardly any: with the guard it takes up to ten attempts.
+        # This one calls most faded digits 9, its first cures hardly any: by the guard it takes up to ten attempts.
         ("timm:vit_tiny_patch16_224", VIT, 8, 1e-3, 1.0),
         ("timm:convnext_atto", CONVNEXT, 4, 4e-3, 0.2),
         ("timm:mobilenetv3_small_050", {}, 4, 4e-3, 0.2),
