@@ -5,9 +5,9 @@
 Cells of shift × labels × method × seed, cached under `bench/.cache/adaptation` by a hash of the adapter's code and the
 cell: an interrupted run goes on where it stopped, also from the committed results, and what is missing is shown as
 missing. All methods have the same labels, starts, augmentation, epochs and held-out choice of the learning rate (two
-folds of the fit labels); full fine-tuning is also tried at each rate, and the better on
-the scored images taken, which no choice can beat. Those marked "+ window" tune on the unlabelled window beside the labels, as the daemon does;
-the paper's do not. Writes `results/adaptation.{json,md,png}`.
+folds of the fit labels); full fine-tuning is also tried at each rate, and the better on the scored images taken, which
+no choice can beat. Those marked "+ window" tune on the unlabelled window beside the labels, as the daemon does; the
+paper's do not. Writes `results/adaptation.{json,md,png}`.
 """
 
 import argparse

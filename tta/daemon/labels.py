@@ -144,13 +144,18 @@ def fits(row: Labelled, fit_fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fit_fraction * 2**64
 
 
-def distinct(rows: Sequence[Labelled]) -> dict[bytes, Labelled]:
-    """By a hash of their image the first of those with the same, without those whose image is damaged."""
+def image_hash(x: Array) -> bytes:
+    """Of an image, by which it is known again."""
+    return hashlib.blake2b(x.tobytes(), digest_size=16).digest()
+
+
+def distinct(rows: Sequence[Labelled]) -> list[Labelled]:
+    """The first of those with the same image, without those whose image is damaged."""
     first: dict[bytes, Labelled] = {}
     for row in rows:
         if row.x is not None:
-            first.setdefault(hashlib.blake2b(row.x.tobytes(), digest_size=16).digest(), row)
-    return first
+            first.setdefault(image_hash(row.x), row)
+    return list(first.values())
 
 
 def _open(path: Path, check: bool = True) -> sqlite3.Connection:
@@ -570,7 +575,7 @@ class LabelBuffer:
             fit: which side.
             limit: at most so many; -1 for all.
         """
-        return list(distinct(self._rows(SIDE, (since, int(fit)), limit)).values())
+        return distinct(self._rows(SIDE, (since, int(fit)), limit))
 
     def attribute(self, regime: int, since: int, until: int) -> None:
         """Say that the traffic from `since` to before `until` was of a regime; an empty span says nothing."""
@@ -593,7 +598,7 @@ class LabelBuffer:
             (regime, int(fit)),
             limit,
         )
-        return list(distinct(rows).values())
+        return distinct(rows)
 
     def not_attributed(self, rows: Sequence[Labelled]) -> list[Labelled]:
         """Those that belong to no regime yet, so that no regime has learned from them."""

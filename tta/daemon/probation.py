@@ -10,7 +10,7 @@ from tta.config import Config
 from tta.daemon import gate
 from tta.daemon.cycle import Event
 from tta.daemon.labellers import PairedTests
-from tta.daemon.labels import LabelBuffer, Labelled, distinct
+from tta.daemon.labels import LabelBuffer, Labelled, image_hash
 from tta.daemon.links import Outputs, ShadowLink
 from tta.daemon.metrics import Metrics
 from tta.daemon.operation import arrays_of
@@ -131,9 +131,9 @@ class Probation:
                 self._right["source"].extend(bool(r) for r in right[0])
             if pair.rival is None or now.rival is None:
                 return
-            rivals = {row.prediction_id: bool(r) for row, r in zip(rows, right[1], strict=True)}
-            for image, row in distinct(rows).items():
-                self._paired.update(row.client, image, row.label == row.predicted, rivals[row.prediction_id])
+            for row, rival_right in zip(rows, right[1], strict=True):
+                assert row.x is not None
+                self._paired.update(row.client, image_hash(row.x), row.label == row.predicted, bool(rival_right))
             if self._paired.disagrees and now.acting:
                 both = self._paired.all
                 self._happen(
