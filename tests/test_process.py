@@ -1,9 +1,6 @@
 """What a worker process does to itself."""
 
-import ctypes
 import os
-import platform
-import re
 import signal
 import subprocess
 import sys
@@ -11,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.slices import needs_slices, slice_ns
 from tests.waiting import until
 from tta.daemon.processes import is_alive
-from tta.process import _SCHED_ATTR, _SCHED_SETATTR, LONG_SLICE_NS
+from tta.process import LONG_SLICE_NS
 
 WORKER = """
 import os, sys
@@ -45,31 +43,16 @@ def test_a_worker_is_nice_as_a_session_of_its_own() -> None:
         assert grouped[1:] == ["nice", "7"]
 
 
-KERNEL = tuple(int(n) for n in re.findall(r"\d+", platform.release())[:2])
-
-
-@pytest.mark.skipif(
-    platform.system() != "Linux" or KERNEL < (6, 12) or platform.machine() not in _SCHED_SETATTR,
-    reason="slices can be asked for since Linux 6.12",
-)
+@needs_slices
 def test_a_worker_lets_whoever_wakes_go_first() -> None:
     """It asks the kernel for slices longer than anybody's, by which those that wake are let in before it."""
-    own = _SCHED_ATTR.unpack(_attributes(0))
     argv = [sys.executable, "-c", WORKER, str(os.getpid())]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
-        pid = int(worker.stdout.readline())
-        its = _SCHED_ATTR.unpack(_attributes(pid))
+        its = slice_ns(int(worker.stdout.readline()))
         worker.kill()
 
-    assert its[5] == LONG_SLICE_NS > own[5]
-
-
-def _attributes(pid: int) -> bytes:
-    """What sched_getattr(2) says of a process."""
-    found = ctypes.create_string_buffer(_SCHED_ATTR.size)
-    assert ctypes.CDLL(None).syscall(_SCHED_SETATTR[platform.machine()] + 1, pid, found, _SCHED_ATTR.size, 0) == 0
-    return found.raw
+    assert its == LONG_SLICE_NS > slice_ns(0)
 
 
 def test_a_worker_dies_with_its_parent() -> None:

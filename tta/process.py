@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 AUTOGROUP_ATTEMPTS = 20
-LONG_SLICE_NS = 100_000_000  # the longest that the kernel gives
+SHORT_SLICE_NS, LONG_SLICE_NS = 100_000, 100_000_000  # the shortest and the longest that the kernel gives
 _PR_SET_PDEATHSIG = 1
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # sched_getattr is the next
 _SCHED_ATTR = struct.Struct("IIQiIQQQ")  # size, policy, flags, nice, priority, runtime, deadline, period
@@ -25,19 +25,37 @@ def become_worker(nice: int, parent: int) -> None:
         parent: pid of the daemon; in a container it may well be 1.
     """
     os.nice(nice)
-    if hasattr(os, "SCHED_BATCH"):  # woken, it does not push aside whoever runs
-        with contextlib.suppress(OSError):  # under another policy already
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    _ask_for_long_slices()
+    give_way()
     _be_nice_as_a_session(nice)
     die_with(parent)
 
 
-def _ask_for_long_slices() -> None:
-    """Give way at once to whoever wakes and asks for shorter ones, as all do that do not ask: since Linux 6.12.
+def give_way() -> None:
+    """Let whoever wakes run at once instead of this thread; its share of the time stays what niceness says.
 
-    The share of the time stays what niceness says. Beside a server at half load, p99 while the adapter trains is
-    1.7 times the steady one with it, and was 2.9 times before (`bench.swap`); SCHED_IDLE changed nothing.
+    Beside a server at half load, p99 while the adapter trains is 1.7 times the steady one with it, and was 2.9
+    times before (`bench.swap`); SCHED_IDLE changed nothing.
+    """
+    if hasattr(os, "SCHED_BATCH"):  # woken, it does not push aside whoever runs
+        with contextlib.suppress(OSError):  # under another policy already
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    _ask_for_slices(LONG_SLICE_NS)
+
+
+def go_first() -> None:
+    """Have this thread, and those that it starts, run as soon as they wake: for short work only."""
+    _ask_for_slices(SHORT_SLICE_NS)
+
+
+def take_turns() -> None:
+    """Have this thread run as others do, whose parent does `go_first`."""
+    _ask_for_slices(0)
+
+
+def _ask_for_slices(ns: int) -> None:
+    """How long this thread runs before others have their turn; 0: as the kernel sees fit.
+
+    Who wakes goes before who asks for longer ones: since Linux 6.12.
     """
     number = _SCHED_SETATTR.get(platform.machine())
     if number is None or platform.system() != "Linux":
@@ -46,7 +64,7 @@ def _ask_for_long_slices() -> None:
     if libc.syscall(number + 1, 0, found, _SCHED_ATTR.size, 0):
         return
     size, policy, flags, nice, priority, _, *rest = _SCHED_ATTR.unpack(found.raw)
-    libc.syscall(number, 0, _SCHED_ATTR.pack(size, policy, flags, nice, priority, LONG_SLICE_NS, *rest), 0)
+    libc.syscall(number, 0, _SCHED_ATTR.pack(size, policy, flags, nice, priority, ns, *rest), 0)
 
 
 def die_with(parent: int) -> None:

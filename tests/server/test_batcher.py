@@ -232,16 +232,42 @@ def test_a_size_long_not_measured_is_tried_again() -> None:
     assert known.batch_size(8, 64.0) == 8  # one slow batch among others was disturbed
 
 
-def test_sizes_are_not_tried_at_the_cost_of_others() -> None:
-    """Where less than the fastest size will do, no larger one is tried than what will do."""
+@pytest.mark.parametrize(
+    ("seconds", "size"),
+    [
+        ({1: 1.0, 2: 1.1, 4: 1.3, 8: 1.7, 16: 2.5}, 8),  # a GPU: eight are hardly longer than one
+        ({1: 1.0, 2: 1.7, 4: 3.1, 8: 6.0, 16: 12.0}, 2),  # a CPU
+        ({1: 1.0, 2: 2.1, 4: 4.2, 8: 9.0, 16: 20.0}, 1),  # where single images are the fastest
+    ],
+)
+def test_a_short_batch_takes_at_most_twice_as_long_as_an_image(seconds: dict[int, float], size: int) -> None:
+    """However much faster larger ones are, and however many images are queued."""
     known = ComputeTime(16)
-    known.observe(16, 12.0, 0.0, 12.0)
-    for n, each in {1: 1.0, 2: 1.7}.items():
+    for n, each in seconds.items():
         for _ in range(TRIES):
             known.observe(n, each, 0.0, each)
 
-    assert known.batch_size(100, 1.0) == 4  # not tried yet
-    assert known.batch_size(100, 1.0, 0.8) == 2
+    assert known.batch_size(100, 1.0, short=True) == size
+
+
+def test_large_sizes_are_not_tried_at_the_cost_of_others() -> None:
+    """Where batches are to be short, only the next size is tried, not all that were not measured lately."""
+    known = ComputeTime(32)
+    known.observe(32, 24.0, 0.0, 24.0)
+    for n, each in {1: 1.0, 2: 1.7, 4: 3.0}.items():
+        for _ in range(TRIES):
+            known.observe(n, each, 0.0, each)
+
+    assert known.batch_size(100, 1.0) == 8  # not tried yet
+    assert known.batch_size(100, 1.0, short=True) == 2
+    assert known.batch_size(100, 61.0, short=True) == 1
+    for n, each in {1: 1.0, 2: 1.7}.items():
+        for _ in range(TRIES):
+            known.observe(n, each, 61.0, each)
+    assert known.batch_size(100, 62.0, short=True) == 4
+    for _ in range(TRIES):
+        known.observe(4, 3.0, 62.0, 3.0)
+    assert known.batch_size(100, 63.0, short=True) == 2
 
 
 def test_a_batch_after_a_pause_is_not_compared() -> None:
@@ -274,9 +300,9 @@ def test_a_queue_is_cut_where_batches_get_no_faster() -> None:
     assert taken == [[(b"a", 0)], [(b"b", 1)], [(b"c", 2)], [(b"d", 3)]]
 
 
-@pytest.mark.parametrize(("seconds", "taken"), [((1.0, 1.8, 3.0, 5.0, 8.0), 4), ((1.0, 1.1, 1.2, 1.2, 1.3), 16)])
+@pytest.mark.parametrize(("seconds", "taken"), [((1.0, 1.8, 3.0, 5.0, 8.0), 2), ((1.0, 1.1, 1.2, 1.2, 1.3), 16)])
 def test_a_batch_is_filled_up_only_where_it_hardly_makes_it_longer(seconds: tuple[float, ...], taken: int) -> None:
-    """Two single images are computed with little of a flood where that would take longer, else with much of it."""
+    """Two single images are computed without a flood where that would take longer, else with much of it."""
     batcher = Batcher(16, 0.0, 1000, 1e6)
     for i, each in enumerate(seconds):
         for _ in range(TRIES):

@@ -1,6 +1,7 @@
 """One server process on real sockets: hostile frames, limits, signals."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 import zmq
 
-from tests.server.conftest import launch
+from tests.server.conftest import answering, launch
+from tests.slices import needs_slices, slice_ns
 from tta import protocol
 from tta.client import Client
 from tta.errors import Code, DeadlineError, InputError, OverloadedError
+from tta.process import LONG_SLICE_NS, SHORT_SLICE_NS
+from tta.server.__main__ import BUILDER_NICE
 from tta.server.options import ServerOptions
 
 
@@ -197,6 +201,32 @@ def test_a_swap_may_follow_the_answer_to_the_last(server: subprocess.Popen, opti
 
     assert [r["id"] for r in replies] == list(range(8))
     assert not any("error" in r for r in replies)
+
+
+@needs_slices
+def test_requests_are_read_while_the_model_computes_and_versions_built_when_nobody_waits(
+    options: ServerOptions, tmp_path: Path
+) -> None:
+    """Whoever reads goes first, the model takes turns with others, and the builder gives way to everybody."""
+    with answering(msgspec.structs.replace(options, threads=1), tmp_path) as server:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as daemon:
+            daemon.setsockopt(zmq.LINGER, 0)
+            daemon.connect(options.admin)
+            daemon.send(msgspec.msgpack.encode({"op": "swap", "id": 0, "version": 0, "folder": None}))
+            assert daemon.poll(20_000)
+        threads = {int(p.name): p for p in Path(f"/proc/{server.pid}/task").iterdir()}
+        slices = {thread: slice_ns(thread) for thread in sorted(threads)}
+        builders = [thread for thread, ns in slices.items() if ns == LONG_SLICE_NS]
+        niceness = [os.getpriority(os.PRIO_PROCESS, thread) for thread in builders]
+        policies = [os.sched_getscheduler(thread) for thread in builders]
+        readers = [t for t, p in threads.items() if (p / "comm").read_text().startswith("ZMQbg/IO")]
+
+    assert slices[server.pid] == SHORT_SLICE_NS
+    assert readers
+    assert {slices[t] for t in readers} == {SHORT_SLICE_NS}
+    assert list(slices.values())[-2:] == [slice_ns(0), LONG_SLICE_NS]  # the inference thread, and the builder
+    assert niceness == [max(BUILDER_NICE, os.nice(0))]
+    assert policies == [os.SCHED_BATCH]
 
 
 def test_a_port_in_use_is_a_clear_error(server: subprocess.Popen, options: ServerOptions, tmp_path: Path) -> None:

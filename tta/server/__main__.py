@@ -4,7 +4,7 @@ From here to the model it takes five named calls:
 `main` → `Server.main_loop` → `Frontend.tick` → (queue) → `Server.predict_batches` → `Predictor.run`.
 
 Threads: the main thread is the frontend and owns the client sockets; the inference thread runs batches; the
-builder thread exists only while a version is being prepared.
+builder thread prepares versions. The frontend goes before the inference thread, and the builder gives way to both.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tta import log
 from tta.auth import Clients, Doorkeeper
 from tta.bundle import load_bundle
 from tta.errors import TTAError, UnavailableError
-from tta.process import allow_files, die_with, is_alive, outlive_parent, release_memory
+from tta.process import allow_files, die_with, give_way, go_first, is_alive, outlive_parent, take_turns
 from tta.server.batcher import Batcher, Pending
 from tta.server.frontend import Computed, Failed, Frontend
 from tta.server.options import Observation, ServerOptions
@@ -78,6 +79,8 @@ class Server:
             options.trust.versions,
         )
         self.predictor.activate(self._first_version())
+        go_first()  # here, and so in libzmq's thread: what is read and sent need not wait for the model's turn
+        self.builder = ThreadPoolExecutor(1, "builder", self._become_builder)
         self.context = zmq.Context()
         self.context.set(zmq.MAX_SOCKETS, 4096)
         self.batcher = Batcher(options.max_batch_size, options.max_wait_s, options.queue_images, options.queue_s)
@@ -209,6 +212,7 @@ class Server:
 
     def predict_batches(self) -> None:
         """Take batches until draining is done; one version a batch, one batch a request."""
+        take_turns()
         observations = self.context.socket(zmq.PUSH)
         observations.setsockopt(zmq.SNDHWM, self._observation_limit())
         observations.setsockopt(zmq.LINGER, 0)
@@ -334,7 +338,7 @@ class Server:
                 respond({"op": "swap", "id": command["id"], "error": "another version is being prepared"})
                 return
             self.building = True
-            threading.Thread(target=self._swap, args=(command,), name="builder", daemon=True).start()
+            self.builder.submit(self._swap, command)
 
     def _options_now(self) -> ServerOptions:
         """Those it was started with, and the daemon's key as it is by now."""
@@ -342,14 +346,20 @@ class Server:
             return self.options
         return msgspec.structs.replace(self.options, public_key=self.doorkeeper.public_key)
 
+    def _become_builder(self) -> None:
+        """Builder thread: not to be in the way of the others."""
+        take_turns()
+        # With more threads than one a new session's pool would inherit it for good.
+        if self.options.threads == 1 and sys.platform == "linux":  # there priorities are a thread's own
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(BUILDER_NICE, os.nice(0)))
+            give_way()
+
     def _swap(self, command: dict[str, Any]) -> None:
         """Builder thread: prepare, verify, flip, report."""
         reply: dict[str, Any] = {"op": "swap", "id": command["id"], "version": command["version"]}
         start = time.monotonic()
         try:
-            if self.options.threads == 1 and sys.platform == "linux":
-                # On Linux a thread's own. With more threads the new session's pool would inherit it for good.
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(BUILDER_NICE, os.nice(0)))
             live = (self.predictor.current, self.predictor.previous)
             session = next((s for s in live if s is not None and s.version == command["version"]), None)
             if session is None:
@@ -360,7 +370,6 @@ class Server:
             flip = time.monotonic()
             self.predictor.activate(session)
             reply["flip_s"] = time.monotonic() - flip
-            release_memory()
         except TTAError as error:
             reply["error"] = str(error)
         except Exception as error:  # reported to the daemon, which keeps the present version

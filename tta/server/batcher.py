@@ -30,7 +30,7 @@ from tta.errors import DeadlineError, OverloadedError
 SMOOTHING = 0.1  # weight of the newest batch in the moving average of compute seconds
 # The same where sizes are compared, of one faster or slower than before: what disturbs a batch only slows it.
 FASTER, SLOWER = 0.5, 0.02
-FAIR = 0.8  # of the images a second at the fastest batch size, where more of one client would make others wait
+FAIR = 2.0  # times as long as one image a batch of one client may take, where it would make others wait
 ACTIVE_S = 1.0  # after its last request a client may come again at any moment
 STRETCH = 1.5  # times as long a batch may take for being filled up by clients who are ahead of others in it
 BESIDE_S = 2e-4  # that a batch costs beside its computing: waking and being woken, an observation
@@ -109,29 +109,40 @@ class ComputeTime:
             self._each_s[bucket] = known + (FASTER if each_s < known else SLOWER) * (each_s - known)
             self._note(bucket, now)
 
-    def fast_enough(self, speed: float = 1.0) -> int:
-        """The least images to compute together for this share of the fastest size's images a second."""
+    def fastest(self) -> int:
+        """The least images to compute together for the most images a second."""
         if (self.max_batch_size - 1).bit_length() not in self._each_s:
             return self.max_batch_size
-        fastest_s = min(self._each_s.values())
-        least = min(b for b, each_s in self._each_s.items() if each_s * speed <= fastest_s)
-        return min(1 << least, self.max_batch_size)
+        least_s = min(self._each_s.values())
+        return min(1 << min(b for b, each_s in self._each_s.items() if each_s <= least_s), self.max_batch_size)
 
-    def batch_size(self, queued: int, now: float, speed: float = 1.0) -> int:
-        """Images to compute together while so many are queued: `fast_enough`, or a size to try.
+    def short(self) -> int:
+        """The most images that take at most `FAIR` times as long as one, but no more than `fastest`.
 
-        Tried is what was not measured or tried `TRIES` times in `REMEASURE_S`, when as many are queued; where less
-        than the fastest will do, only what is smaller than that. See `tried`.
+        What it costs is bounded: where a batch takes a fixed time and one for each image, such batches do at least
+        half as many images a second as the largest could.
+        """
+        fastest, one_s = self.fastest(), self._each_s.get(0)
+        if one_s is None:
+            return fastest
+        sizes = {b: min(1 << b, self.max_batch_size) for b in self._each_s}
+        most = max(n for b, n in sizes.items() if n == 1 or n * self._each_s[b] <= FAIR * one_s)
+        return min(most, fastest)
+
+    def batch_size(self, queued: int, now: float, short: bool = False) -> int:
+        """Images to compute together while so many are queued: `fastest`, or a size to try.
+
+        Tried is what was not measured or `tried` so many times in `REMEASURE_S`, when as many are queued.
 
         Args:
             queued: images.
             now: monotonic seconds.
-            speed: see `fast_enough`.
+            short: `short` instead of `fastest`; nothing larger than the next size is tried then.
         """
-        enough, largest = self.fast_enough(speed), (self.max_batch_size - 1).bit_length()
+        enough, largest = self.short() if short else self.fastest(), (self.max_batch_size - 1).bit_length()
         for bucket in range(largest + 1 if largest in self._each_s else 0):
             size = min(1 << bucket, self.max_batch_size)
-            if size > queued or (speed < 1.0 and size >= enough):
+            if size > queued or (short and size > 2 * enough):
                 break
             if self._is_stale(bucket, now):
                 return size
@@ -349,8 +360,8 @@ class Batcher:
             size, now = 0, time.monotonic()
             self._see_who_is_absent(now)
             if self.absent:
-                full = self.compute_time.fast_enough()
-                fair = self.compute_time.batch_size(self.images, now, FAIR)
+                full = self.compute_time.fastest()
+                fair = self.compute_time.batch_size(self.images, now, short=True)
             else:
                 full = fair = self.compute_time.batch_size(self.images, now)
             served: set[bytes] = set()  # clients in the batch
@@ -359,10 +370,12 @@ class Batcher:
                 clock, _, request = self._heap[0]
                 n = len(request.x)
                 if not request.evicted:
-                    ahead = request.identity in served
+                    # Who has more to come than this, or has some in the batch, does not make others wait for it.
+                    more = longest_s < float("inf") and len(self._clients[request.identity].queue) > 1
+                    ahead = more or request.identity in served
                     if batch and (
                         size + n > (fair if ahead else full)
-                        or (ahead and longest_s < float("inf") and self.compute_time.of(size + n) > longest_s)
+                        or (ahead and self.compute_time.of(size + n) > longest_s)
                     ):
                         break
                     self._clock = clock

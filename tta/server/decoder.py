@@ -16,6 +16,7 @@ import structlog
 
 from tta.bundle import Manifest
 from tta.errors import CancelledError, DeadlineError, InputError, UnavailableError
+from tta.process import take_turns
 from tta.server.batcher import Batcher, Pending
 from tta.server.options import ServerOptions
 
@@ -62,7 +63,8 @@ class Decoder:
         self.queue.close()
 
     def _run(self) -> None:
-        pool = ThreadPoolExecutor(self._threads, "decode")
+        take_turns()
+        pool = ThreadPoolExecutor(self._threads, "decode", take_turns)
         while not self._stopped:
             batch, dropped = self.queue.take(WAIT_S)
             for request in dropped:

@@ -109,6 +109,7 @@ class Predictor:
 
     Raises:
         BundleError: "fp16" was asked for and the bundle has no such graph.
+        DeltaError: half precision cannot hold a weight.
         DeviceError: see `resolve_device`.
     """
 
@@ -138,6 +139,8 @@ class Predictor:
         self.buckets = [max_batch_size]
         while self.on_gpu and self.buckets[0] > 1:
             self.buckets.insert(0, (self.buckets[0] + 1) // 2)
+        # Kept, since beside a running model making them anew for every version is a millisecond that it waits.
+        self._source = self._values(bundle.weights)
         self.current: Session | None = None
         self.previous: Session | None = None
 
@@ -228,17 +231,8 @@ class Predictor:
         options.log_severity_level = 3
         # Spinning burns a core for nothing at the rates of a camera.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        dtype = np.float16 if self.precision == "fp16" else None
-        names, values = [], []
-        for name, array in {**self.bundle.weights, **delta}.items():
-            if np.issubdtype(array.dtype, np.floating):
-                with np.errstate(over="ignore"):
-                    given = np.ascontiguousarray(array, dtype)
-                if dtype is not None and not np.isfinite(given).all():
-                    raise DeltaError(f"{name!r} holds values beyond half precision: set precision: fp32")
-                names.append(name)
-                values.append(ort.OrtValue.ortvalue_from_numpy(given))
-        options.add_external_initializers(names, values)
+        weights = self._source | self._values(delta)
+        options.add_external_initializers(list(weights), list(weights.values()))
         try:
             run = ort.InferenceSession(self._graph, options, providers=self._providers())
         except Exception as error:  # onnxruntime raises many types; all mean the same here
@@ -261,6 +255,19 @@ class Predictor:
             except Exception as error:  # such as no memory left
                 raise BundleError(f"{self.bundle.path} cannot compute {size} images: {error}") from error
         return session
+
+    def _values(self, weights: Mapping[str, Array]) -> dict[str, ort.OrtValue]:
+        """What stands in for the graph's weights, in the precision served; it holds on to the arrays."""
+        dtype = np.float16 if self.precision == "fp16" else None
+        values = {}
+        for name, array in weights.items():
+            if np.issubdtype(array.dtype, np.floating):
+                with np.errstate(over="ignore"):
+                    given = np.ascontiguousarray(array, dtype)
+                if dtype is not None and not np.isfinite(given).all():
+                    raise DeltaError(f"{name!r} holds values beyond half precision: set precision: fp32")
+                values[name] = ort.OrtValue.ortvalue_from_numpy(given)
+        return values
 
     def _providers(self) -> list[Any]:
         if not self.on_gpu:
