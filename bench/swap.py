@@ -50,7 +50,9 @@ WINDOWS = ("steady", "swapping", "busy", "training")
 # Takes so many seconds of CPU, and waits so many, in turn.
 BURN = """
 import os, sys, time
+from tta.process import give_way
 os.nice(int(sys.argv[3]))
+give_way()
 while True:
     end = time.process_time() + float(sys.argv[1])
     while time.process_time() < end:
@@ -122,7 +124,7 @@ def training() -> Iterator[None]:
 
 @contextmanager
 def busy(seconds: float) -> Iterator[None]:
-    """A process that takes as much CPU as a swap every `EVERY_S`, and is as nice."""
+    """A process that takes as much CPU as a swap every `EVERY_S`, and gives way as the builder does."""
     argv = [sys.executable, "-c", BURN, str(seconds), str(EVERY_S), str(BUILDER_NICE)]
     with subprocess.Popen(argv) as process:
         try:
