@@ -158,7 +158,7 @@ class Swapper:
         if "error" in reply:
             raise RuntimeError(reply["error"])
         took = {k: reply[k] for k in ("prepare_s", "flip_s")}
-        rss = self.server.rss_bytes() if number % 10 == 0 else 0
+        rss = self.server.rss_bytes_of_first() if number % 10 == 0 else 0
         self.done.append({**took, "whole_s": time.monotonic() - start, "rss_bytes": rss})
 
     def during(self, every_s: float, work: Callable[[], Measured]) -> Measured:
