@@ -27,6 +27,7 @@ from bench.stamp import RESULTS, publish, stamp
 from bench.swap import ratio
 from tta import protocol
 from tta.client import Client
+from tta.process import give_way
 from tta.scenario.load import Load, Wire, drive
 
 SERVER_CORE, LOAD_CORE = 0, 1
@@ -49,7 +50,8 @@ Json = dict[str, Any]
 
 
 def disturb(kind: str, endpoint: str, model: str, rate: float) -> None:
-    """Be the fourth client until killed."""
+    """Be the fourth client until killed, without taking the load's core from those who measure."""
+    give_way()
     x = np.random.default_rng(1).integers(0, 256, (1, *SHAPES[model]), np.uint8)
     if kind in ("deaf", "vanishing"):
         _send_only(kind, endpoint, x, rate)

@@ -115,7 +115,7 @@ def main() -> int:
     result: Json = {
         **stamp(" ".join(("python -m bench.serving", *sys.argv[1:]))),
         "max_batch_images": MAX_BATCH_IMAGES,
-        "rounds": arguments.rounds,
+        "rounds": 0,
         "seconds": arguments.seconds,
         "bare": {model: [] for model in models},
         "cells": {},
@@ -137,8 +137,8 @@ def main() -> int:
                 continue
             by_server = result["cells"].setdefault(model, {}).setdefault(str(n_images), {})
             by_server.setdefault(server, []).append(found)
-    result["broken"] = broken
-    write(result, RESULTS)
+        result |= {"rounds": number + 1, "broken": broken}
+        write(result, RESULTS)  # after every round: it takes a quarter of an hour
     print(json.dumps(result, indent=1) if arguments.json else "\n".join(tables(result)))
     return 0
 
