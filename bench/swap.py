@@ -1,12 +1,13 @@
 """Does anybody notice a swap, or the adapter at work beside?
 
-    python -m bench.swap [--model resnet20] [--swaps 1000] [--pairs 11]
+    python -m bench.swap [--model resnet20] [--swaps 1000] [--rounds 11]
 
 A server process under constant load (half of what it can do, open loop, one image a request) on two cores shared with
 the load. Rounds of four windows: one steady, one with a swap every 0.2 s, one in which a process that has nothing to do
-with the server takes as much CPU as often as those swaps do, and as nicely (what is slower then is the machine's doing),
-one beside a process that fine-tunes as the adapter does; in turning order, so that a noisy machine meets all alike. Then swaps without a pause until there were
-enough. Three versions in turn, so that every swap builds a session. Every reply's logits are compared with those of the
+with the server takes as much CPU as often as those swaps do, and gives way like them (what is slower then is the
+machine's doing), one beside a process that fine-tunes as the adapter does; in turning order, so that a noisy machine
+meets all alike. Then swaps without a pause until there were enough. Three versions in turn, so that every swap builds a
+session. Every reply's logits are compared with those of the
 version it names. Writes `results/swap.{json,md,png}`.
 """
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.traffic import status
 from tests.waiting import until
 from tta.commands import app
 from tta.packaging.digits import KWARGS, digits
@@ -249,7 +250,7 @@ def test_a_block_the_model_lacks_is_not_tuned(bundle_path: Path, tmp_path: Path)
 
 
 def test_http_shows_metrics_and_health(daemon: DaemonProcess) -> None:
-    """/metrics parses and counts what was sent; /livez and /readyz say ok; anything else is not found."""
+    """/metrics parses, counts what was sent and weighs processes; /livez and /readyz say ok; else: not found."""
     x, _ = digits("stream", 30, seed=8)
     with daemon.client() as client:
         for i in range(30):
@@ -270,6 +271,13 @@ def test_http_shows_metrics_and_health(daemon: DaemonProcess) -> None:
     assert {s.labels["block"] for s in families["tta_drift_statistic"].samples} == {
         "block1", "block2", "block3", "block4", "head",
     }  # fmt: skip
+    memory = {s.labels["process"]: s.value for s in families["tta_process_memory_bytes"].samples}
+    resident = Path(f"/proc/{status(daemon)['processes']['server']['pid']}/status").read_text()
+    kilobytes = next(int(line.split()[1]) for line in resident.splitlines() if line.startswith("VmRSS"))
+    assert memory["server"] == pytest.approx(1024 * kilobytes, rel=0.2)
+    assert memory["daemon"] > 0
+    assert memory["shadow"] > 0
+    assert memory["adapter"] == 0  # there is none
     assert all(name.startswith("tta_") for name in families)
     assert fetch("/livez") == (200, "ok\n")
     assert fetch("/readyz") == (200, "ok\n")

@@ -126,6 +126,14 @@ def is_alive(pid: int) -> bool:
         return not Path("/proc/self/stat").exists()
 
 
+def memory_bytes(pid: int) -> int:
+    """What a process has in memory, shared pages included; 0 if there is none, or no way to know."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
 def allow_files() -> None:
     """Let this process have as many files and sockets as it may: libzmq ends one that cannot accept any more."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,12 +1,14 @@
 """How much of the engine's speed is left to the client, beside the servers people use?
 
-    python -m bench.serving [--models identity,resnet20,resnet18] [--servers tta,mosec,...] [--rounds 3] [--seconds 4]
+    python -m bench.serving [--models identity,resnet20,resnet18] [--servers tta,mosec,...] [--images 1,16] [--rounds 3]
 
 One core for the server (all its processes), one for the load. Every server has the same graph, the same onnxruntime
 settings and batches of at most 32 images; peers run in environments of their own, made on the first run
 (`bench/.cache/peers`, some 2 GB). "bare" is the same graph in a loop on the server's core, without any server: the
-limit. Rounds are interleaved and the median is shown, since machines are shared. Closed loop at 1, 8 and 64 requests
-outstanding; open loop at 50 and 80 % of what the same server did with 64. Writes `results/serving.{json,md,png}`.
+limit; it is measured anew before tta is. Rounds are interleaved and the median is shown, since machines are shared.
+Closed loop at 1, 8 and 64 requests outstanding; open loop at 50 and 80 % of what the same server did with 64. A load
+lasts for at least eight full batches. Writes `results/serving.{json,md,png}` after every round; models that were not
+measured this time keep their tables.
 """
 
 import argparse
@@ -15,14 +17,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.serving.models import SHAPES, model_files
-from bench.serving.report import tables, write
+from bench.serving.report import read, tables, write
 from bench.serving.servers import MAX_BATCH_IMAGES, PEERS, serving
 from bench.stamp import stamp
 from tta.scenario.load import Load, drive
@@ -32,6 +34,7 @@ SERVER_CORE, LOAD_CORE = 0, 1
 OUTSTANDING = (1, 8, 64)
 SHARES = (0.5, 0.8)
 N_BATCHES = 16
+FULL_BATCHES = 8  # that a load lasts for at least
 WARMUP_S = 1.0
 
 Json = dict[str, Any]
@@ -67,6 +70,15 @@ def measure(name: str, model: str, n_images: int, seconds: float) -> Json:
     return found
 
 
+def measured(name: str, model: str, n_images: int, seconds: float) -> Json:
+    """The same; where the server did not start (TorchServe now and then does not), at the second attempt."""
+    try:
+        return measure(name, model, n_images, seconds)
+    except RuntimeError as error:
+        print(f"{name} again: {error}", file=sys.stderr, flush=True)
+        return measure(name, model, n_images, seconds)
+
+
 def measure_bare(model: str, seconds: float) -> Json:
     """Images a second of the session alone, by batch size, in a process on the server's core."""
     bundle, _ = model_files(model)
@@ -86,12 +98,39 @@ def measure_bare(model: str, seconds: float) -> Json:
     return found
 
 
-def cells(models: list[str], servers: list[str]) -> Iterator[tuple[str, int, str]]:
-    """Model, images a request, server."""
-    for model in models:
-        for n_images in (1, 16):
+def measure_model(
+    model: str, servers: Sequence[str], images: Sequence[int], arguments: argparse.Namespace
+) -> Iterator[Json]:
+    """All servers in turn, round after round; what there is after each round."""
+    result: Json = {
+        **stamp(" ".join(("python -m bench.serving", *sys.argv[1:]))),
+        "max_batch_images": MAX_BATCH_IMAGES,
+        "bare": [],
+        "cells": {str(n): {} for n in images},
+        "broken": {},
+    }
+    for number in range(arguments.rounds):
+        for n_images in images:
+            result["bare"].append(measure_bare(model, arguments.seconds))
+            full_s = MAX_BATCH_IMAGES / result["bare"][0][str(MAX_BATCH_IMAGES)]["images_per_s"]
+            result["seconds"] = round(max(arguments.seconds, FULL_BATCHES * full_s), 1)
             for server in servers:
-                yield model, n_images, server
+                if server in result["broken"]:
+                    continue
+                clock = time.strftime("%H:%M:%S")
+                print(
+                    f"{clock} round {number + 1}: {model}, {n_images} images, {server}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                try:
+                    cell = measured(server, model, n_images, result["seconds"])
+                except (RuntimeError, subprocess.CalledProcessError) as error:
+                    result["broken"][server] = str(error)[-300:]
+                    print(f"{server} left out: {error}", file=sys.stderr, flush=True)
+                    continue
+                result["cells"][str(n_images)].setdefault(server, []).append(cell)
+        yield {**result, "rounds": number + 1}
 
 
 def main() -> int:
@@ -99,8 +138,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="identity,resnet20,resnet18", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--servers", default=",".join(("tta", *PEERS)), help="tta and its peers")
+    parser.add_argument("--images", default="1,16", help="a request")
     parser.add_argument("--rounds", type=int, default=3, help="times that every server is started")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each load, at least")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
     models, servers = arguments.models.split(","), arguments.servers.split(",")
@@ -112,33 +152,12 @@ def main() -> int:
     for model in models:
         model_files(model)
     os.sched_setaffinity(0, {LOAD_CORE})
-    result: Json = {
-        **stamp(" ".join(("python -m bench.serving", *sys.argv[1:]))),
-        "max_batch_images": MAX_BATCH_IMAGES,
-        "rounds": 0,
-        "seconds": arguments.seconds,
-        "bare": {model: [] for model in models},
-        "cells": {},
-    }
-    broken: dict[str, str] = {}
-    for number in range(arguments.rounds):
-        for model in models:
-            result["bare"][model].append(measure_bare(model, arguments.seconds))
-        for model, n_images, server in cells(models, servers):
-            if server in broken:
-                continue
-            clock = time.strftime("%H:%M:%S")
-            print(f"{clock} round {number + 1}: {model}, {n_images} images, {server}", file=sys.stderr, flush=True)
-            try:
-                found = measure(server, model, n_images, arguments.seconds)
-            except (RuntimeError, subprocess.CalledProcessError) as error:
-                broken[server] = str(error)[-300:]
-                print(f"{server} left out: {error}", file=sys.stderr, flush=True)
-                continue
-            by_server = result["cells"].setdefault(model, {}).setdefault(str(n_images), {})
-            by_server.setdefault(server, []).append(found)
-        result |= {"rounds": number + 1, "broken": broken}
-        write(result, RESULTS)  # after every round: it takes a quarter of an hour
+    images = [int(n) for n in arguments.images.split(",")]
+    result: Json = read(RESULTS)
+    for model in models:
+        for found in measure_model(model, servers, images, arguments):
+            result[model] = found
+            write(result, RESULTS)
     print(json.dumps(result, indent=1) if arguments.json else "\n".join(tables(result)))
     return 0
 

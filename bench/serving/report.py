@@ -31,9 +31,9 @@ def value(rounds: list[Json], load: str, keys: tuple[str, ...]) -> float | None:
     return float(np.median(found)) if found else None
 
 
-def bare(result: Json, model: str, size: int, key: str) -> float:
+def bare(of_model: Json, size: int, key: str) -> float:
     """Median over the rounds of the session alone."""
-    return float(np.median([r[str(size)][key] for r in result["bare"][model]]))
+    return float(np.median([r[str(size)][key] for r in of_model["bare"]]))
 
 
 def number(v: float | None) -> str:
@@ -48,21 +48,25 @@ def tables(result: Json) -> list[str]:
     lines = [
         "# Serving, beside the servers people use",
         "",
-        f"{result['date']}, commit {result['commit']}, `{result['command']}`; one core for the server, one for the load;",
-        f"median of {result['rounds']} interleaved round(s) of {result['seconds']:g} s a load, batches of at most",
-        f"{result['max_batch_images']} images. Open-loop loads are shares of the server's own throughput at 64.",
+        "One core for the server, one for the load; medians of interleaved rounds. Open-loop loads are shares of the",
+        "server's own throughput at 64.",
     ]
-    for model, by_images in result["cells"].items():
-        for n_images, servers in by_images.items():
-            limit = bare(result, model, result["max_batch_images"], "images_per_s")
-            cpu = bare(result, model, result["max_batch_images"], "cpu_s_per_image")
-            lines += ["", f"## {model}, {n_images} image{'s' if n_images != '1' else ''} a request", ""]
+    for model, found in result.items():
+        lines += ["", f"## {model}", ""]
+        lines += [
+            f"{found['date']}, commit {found['commit']}, `{found['command']}`; rounds: {found['rounds']}, of"
+        ]
+        lines += [f"{found['seconds']:g} s a load; batches of at most {found['max_batch_images']} images."]
+        size = found["max_batch_images"]
+        limit, cpu = bare(found, size, "images_per_s"), bare(found, size, "cpu_s_per_image")
+        for n_images, servers in found["cells"].items():
+            lines += ["", f"### {model}, {n_images} image{'s' if n_images != '1' else ''} a request", ""]
             lines += ["| server | " + " | ".join(c[0] for c in COLUMNS) + " | of bare at 64 | CPU of bare |"]
             lines += ["| --- |" + " --- |" * (len(COLUMNS) + 2)]
-            one = bare(result, model, 1, "images_per_s")
+            one = bare(found, 1, "images_per_s")
             blank = " | ".join(["–"] * 2)
             lines.append(
-                f"| bare session | {1e3 / one:.3g} | {number(one)} | {number(bare(result, model, 8, 'images_per_s'))} "
+                f"| bare session | {1e3 / one:.3g} | {number(one)} | {number(bare(found, 8, 'images_per_s'))} "
                 f"| {number(limit)} | {number(1e6 * cpu)} | {blank} | 1 | 1 |"
             )
             for server, rounds in servers.items():
@@ -72,8 +76,9 @@ def tables(result: Json) -> list[str]:
                 name = f"**{server}**" if server == "tta" else server
                 lines.append(f"| {name} | " + " | ".join([*shown, *ratios]) + " |")
             lines += ["", *against(servers)]
-    for server, why in result["broken"].items():
-        lines += ["", f"{server} did not run: `{why.strip().splitlines()[-1] if why.strip() else 'no output'}`"]
+        for server, why in found["broken"].items():
+            last = why.strip().splitlines()[-1] if why.strip() else "no output"
+            lines += ["", f"{server} was left out once it had failed to start twice: `{last.strip()}`"]
     return lines
 
 
@@ -102,6 +107,13 @@ def against(servers: dict[str, list[Json]]) -> list[str]:
     return ["tta: " + "; ".join(found) + "."]
 
 
+def read(folder: Path) -> Json:
+    """What was measured so far, by model."""
+    path = folder / "serving.json"
+    found: Json = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
 def write(result: Json, folder: Path) -> None:
     """JSON, tables and plot."""
     folder.mkdir(exist_ok=True)
@@ -117,13 +129,13 @@ def draw(result: Json, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    models = [m for m in result["cells"] if "1" in result["cells"][m]]
+    models = [m for m, found in result.items() if "1" in found["cells"]]
     figure, axes = plt.subplots(2, len(models), figsize=(4 * len(models), 6), squeeze=False, layout="constrained")
     for column, model in enumerate(models):
-        servers = result["cells"][model]["1"]
+        servers = result[model]["cells"]["1"]
         names = list(servers)
         colours = ["#1f6f4a" if s == "tta" else "#9a9a9a" for s in names]
-        limit = bare(result, model, result["max_batch_images"], "images_per_s")
+        limit = bare(result[model], result[model]["max_batch_images"], "images_per_s")
         for row, (title, load, keys, factor) in enumerate(
             (
                 ("images/s, 64 outstanding", "closed 64", ("images_per_s",), 1.0),

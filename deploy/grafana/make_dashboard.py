@@ -242,6 +242,13 @@ ROWS: list[tuple[str, list[Panel]]] = [
                     ("rate(tta_features_refused_total{$i}[1m])", "not finite"),
                 ],
             ),
+            (
+                "lines",
+                "Memory",
+                "By process; the server holds two versions from a swap until the new one has proved itself",
+                "bytes",
+                [("tta_process_memory_bytes{$i}", "{{process}}")],
+            ),
         ],
     ),
 ]

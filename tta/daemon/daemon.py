@@ -48,7 +48,7 @@ from tta.keys import read_public_key
 from tta.monitor.calibration import Calibration, reference_warning
 from tta.monitor.regimes import fingerprint
 from tta.monitor.stickiness import nearest
-from tta.process import allow_files
+from tta.process import allow_files, memory_bytes
 from tta.protocol import encode
 from tta.server.options import Counters, Observation
 from tta.signatures import SigningKey, Trust, signers_of_versions
@@ -695,6 +695,8 @@ class Daemon:
         m.ledger_bytes.set(self.ledger.n_bytes)
         for process in self.processes:
             m.up.labels(process.name).set(float(process.ready and process.alive))
+            m.memory.labels(process.name).set(memory_bytes(process.pid) if process.pid is not None else 0)
+        m.memory.labels("daemon").set(memory_bytes(os.getpid()))
 
     def _measure_rate(self, now: float) -> None:
         """Observed images a second, averaged over about a minute."""

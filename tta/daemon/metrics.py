@@ -220,6 +220,9 @@ class Metrics:
         self.version = self._gauge("weight_version", "Version in service; 0 is the source")
         self.up = self._gauge("process_up", "1 if the process is ready", "process")
         self.restarts = self._counter("process_restarts", "Restarts of a process that died", "process")
+        self.memory = self._gauge(
+            "process_memory_bytes", "Memory of a process; from a swap on a server holds two versions", "process"
+        )
         self.ledger_bytes = self._gauge("ledger_bytes", "Memory of recent predictions")
         self.shadow_dropped = self._counter("shadow_images_dropped", "Images the shadow had no time for")
         self.features_refused = self._counter("features_refused", "Samples with features that are not finite")
@@ -245,6 +248,7 @@ class Metrics:
             self.labels.labels(outcome)
         for process in processes:
             self.up.labels(process).set(0)
+            self.memory.labels(process).set(0)
             self.restarts.labels(process)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
