@@ -33,8 +33,8 @@ def become_worker(nice: int, parent: int) -> None:
 def give_way() -> None:
     """Let whoever wakes run at once instead of this thread; its share of the time stays what niceness says.
 
-    Beside a server at half load, p99 while the adapter trains is 1.7 times the steady one with it, and was 2.9
-    times before (`bench.swap`); SCHED_IDLE changed nothing.
+    Beside a server at half load, p99 while the adapter trains was 2.9 times the steady one before, and 1.7 to 2.2
+    times since (`bench.swap`); SCHED_IDLE changed nothing.
     """
     if hasattr(os, "SCHED_BATCH"):  # woken, it does not push aside whoever runs
         with contextlib.suppress(OSError):  # under another policy already
