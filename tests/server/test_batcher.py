@@ -319,6 +319,20 @@ def test_a_batch_is_filled_up_only_where_it_hardly_makes_it_longer(seconds: tupl
     assert len(batch) == taken
 
 
+@pytest.mark.parametrize(("queued", "together"), [(3, True), (100, False)])
+def test_only_who_can_fill_a_batch_alone_is_left_out_of_anothers(queued: int, together: bool) -> None:
+    """A client with a few requests is computed beside a single image of another's, one with a hundred after it."""
+    batcher = Batcher(16, 0.0, 1000, 1e6)
+    for i, each in enumerate((1.0, 1.8, 3.0, 5.0, 8.0)):
+        for _ in range(TRIES):
+            batcher.observe(1 << i, each)
+    batcher.put(request(b"single", 0))
+    for i in range(queued):
+        batcher.put(request(b"more", i))
+
+    assert {r.identity for r in batcher.take(0.0)[0]} == ({b"single", b"more"} if together else {b"single"})
+
+
 @pytest.mark.parametrize(("ago", "images"), [(0.0, 2), (2 * ACTIVE_S, 16)])
 def test_a_flood_is_computed_in_small_batches_while_another_client_may_come(ago: float, images: int) -> None:
     """Where large batches are hardly faster, a flood's are small if somebody else has sent a moment ago."""

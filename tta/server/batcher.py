@@ -370,9 +370,9 @@ class Batcher:
                 clock, _, request = self._heap[0]
                 n = len(request.x)
                 if not request.evicted:
-                    # Who has more to come than this, or has some in the batch, does not make others wait for it.
-                    more = longest_s < float("inf") and len(self._clients[request.identity].queue) > 1
-                    ahead = more or request.identity in served
+                    # Who can fill a batch alone, or has some in this one, does not make others wait for it.
+                    alone = longest_s < float("inf") and self._clients[request.identity].images > full
+                    ahead = alone or request.identity in served
                     if batch and (
                         size + n > (fair if ahead else full)
                         or (ahead and self.compute_time.of(size + n) > longest_s)
