@@ -31,6 +31,7 @@ from tta import protocol
 from tta.client import Client, Prediction
 from tta.errors import TTAError
 from tta.packaging.digits import corrupt, digits
+from tta.process import memory_bytes
 from tta.scenario import DaemonProcess
 
 RESULTS = Path(__file__).parent / "results"
@@ -194,8 +195,7 @@ def processes(status: Json, daemon_pid: int) -> dict[str, int]:
 def measure(pid: int) -> Json | None:
     """Resident memory in bytes and the number of open files; None if it has gone."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return {"pid": pid, "rss": pages * os.sysconf("SC_PAGESIZE"), "files": len(os.listdir(f"/proc/{pid}/fd"))}
+        return {"pid": pid, "rss": memory_bytes(pid), "files": len(os.listdir(f"/proc/{pid}/fd"))}
     except OSError:
         return None
 

@@ -23,6 +23,7 @@ from bench.serving.http import Http
 from bench.serving.models import SHAPES, model_files
 from tta.config import ServerConfig
 from tta.keys import Credentials, read_public_key, write_key_pair
+from tta.process import memory_bytes
 from tta.scenario import free_ports
 from tta.scenario.load import Load, Transport, Wire, drive
 from tta.server.options import ServerOptions
@@ -104,11 +105,7 @@ class Running:
 
     def rss_bytes(self) -> int:
         """Memory of all its processes."""
-        return sum(_rss_bytes(pid) for pid in _group(self.process.pid))
-
-    def rss_bytes_of_first(self) -> int:
-        """Memory of the first process: all that tta's server has. Looking for others takes milliseconds."""
-        return _rss_bytes(self.process.pid)
+        return sum(memory_bytes(pid) for pid in _group(self.process.pid))
 
 
 @contextmanager
@@ -278,11 +275,6 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
-
-
-def _rss_bytes(pid: int) -> int:
-    fields = _stat(pid)
-    return os.sysconf("SC_PAGE_SIZE") * int(fields[21]) if fields else 0
 
 
 def _cpu_s(pid: int) -> float:
