@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,18 +38,22 @@ def options(bundle_path: Path, tmp_path: Path) -> ServerOptions:
     )
 
 
-def launch(options: ServerOptions, folder: Path) -> subprocess.Popen:
+def launch(
+    options: ServerOptions, folder: Path, program: Sequence[str] = ("-m", "tta.server")
+) -> subprocess.Popen:
     """Start a server process."""
     path = folder / "server.json"
     path.write_bytes(msgspec.json.encode(options))
     with (folder / "server.log").open("wb") as log:
-        return subprocess.Popen([sys.executable, "-m", "tta.server", str(path)], stderr=log)
+        return subprocess.Popen([sys.executable, *program, str(path)], stderr=log)
 
 
 @contextmanager
-def answering(options: ServerOptions, folder: Path) -> Iterator[subprocess.Popen]:
+def answering(
+    options: ServerOptions, folder: Path, program: Sequence[str] = ("-m", "tta.server")
+) -> Iterator[subprocess.Popen]:
     """A server process that answers, until the block ends."""
-    process = launch(options, folder)
+    process = launch(options, folder, program)
     try:
         with Client(options.endpoint, timeout_s=30) as client:
             assert client.ready()

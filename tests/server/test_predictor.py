@@ -19,7 +19,9 @@ from tta.errors import BundleError, DeltaError, DeviceError
 from tta.server.predictor import Predictor
 
 
-def write_version(folder: Path, bundle: Bundle, delta: dict, probe_x: np.ndarray, logits: np.ndarray) -> Path:
+def write_version(
+    folder: Path, bundle: Bundle, delta: dict, probe_x: np.ndarray, logits: np.ndarray, number: int = 1
+) -> Path:
     """A version's folder as the store writes it."""
     folder.mkdir()
     save_file({k: np.ascontiguousarray(v) for k, v in delta.items()}, folder / "delta.safetensors")
@@ -29,7 +31,7 @@ def write_version(folder: Path, bundle: Bundle, delta: dict, probe_x: np.ndarray
         for n in ("delta.safetensors", "probe.safetensors")
     }
     manifest = {
-        "version": 1,
+        "version": number,
         "bundle_sha256": bundle.sha256,
         "block": "block1",
         "start": "source",

@@ -13,13 +13,16 @@ import pytest
 import zmq
 
 from tests.server.conftest import answering, launch
+from tests.server.test_predictor import write_version
 from tests.slices import needs_slices, slice_ns
 from tta import protocol
+from tta.bundle import Bundle
 from tta.client import Client
 from tta.errors import Code, DeadlineError, InputError, OverloadedError
 from tta.process import LONG_SLICE_NS, SHORT_SLICE_NS
 from tta.server.__main__ import BUILDER_NICE
 from tta.server.options import ServerOptions
+from tta.server.predictor import Predictor
 
 
 def exchange(endpoint: str, frames: list[bytes]) -> dict:
@@ -201,6 +204,44 @@ def test_a_swap_may_follow_the_answer_to_the_last(server: subprocess.Popen, opti
 
     assert [r["id"] for r in replies] == list(range(8))
     assert not any("error" in r for r in replies)
+
+
+def test_two_versions_live_at_a_time_while_a_third_is_built_one(
+    options: ServerOptions, bundle: Bundle, stream: tuple, tmp_path: Path
+) -> None:
+    """Whenever a version is built, the only other session in memory is the one that serves."""
+    x = stream[0][:4]
+    source = Predictor(bundle, "cpu")
+    logits = source.run_with(source.prepare(), x).logits
+    folders = {n: write_version(tmp_path / f"v{n}", bundle, {}, x, logits, n) for n in (1, 2, 3)}
+    counted = tmp_path / "counted"
+    program = f"""
+import gc, sys
+import onnxruntime as ort
+from tta.server import __main__ as server
+from tta.server.predictor import Predictor
+build = Predictor.build
+def counting(self, *arguments):
+    with open({str(counted)!r}, "a") as file:
+        print(sum(isinstance(thing, ort.InferenceSession) for thing in gc.get_objects()), file=file)
+    return build(self, *arguments)
+Predictor.build = counting
+sys.exit(server.main())
+"""
+    with (
+        answering(options, tmp_path, ("-c", program)),
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as daemon,
+    ):
+        daemon.setsockopt(zmq.LINGER, 0)
+        daemon.connect(options.admin)
+        for number in (1, 2, 3, 1, 2):
+            command = {"op": "swap", "id": 0, "version": number, "folder": str(folders[number])}
+            daemon.send(msgspec.msgpack.encode(command))
+            assert daemon.poll(20_000)
+            assert "error" not in msgspec.msgpack.decode(daemon.recv())
+
+    assert counted.read_text().split() == ["0", *5 * ["1"]]
 
 
 @needs_slices

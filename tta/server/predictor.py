@@ -144,11 +144,12 @@ class Predictor:
         self.current: Session | None = None
         self.previous: Session | None = None
 
-    def prepare(self, folder: Path | None = None) -> Session:
+    def prepare(self, folder: Path | None = None, n_probe: int | None = None) -> Session:
         """Build, verify and warm a version; nothing in service changes.
 
         Args:
             folder: the version's folder in the store; None for the source.
+            n_probe: of its probe images to compute at most; None: all.
 
         Raises:
             DeltaError: the version does not verify, does not fit, or does not compute what the adapter saw.
@@ -160,8 +161,13 @@ class Predictor:
             raise DeltaError(f"version in {folder} was made for another bundle")
         check_delta(self.bundle, delta)
         session = self.build(manifest.version, delta)
-        self._check_probe(session, probe, folder)
+        self._check_probe(session, {name: array[:n_probe] for name, array in probe.items()}, folder)
         return session
+
+    def find(self, version: int) -> Session | None:
+        """The session of a version in service, or of the one before it."""
+        live = (self.current, self.previous)
+        return next((s for s in live if s is not None and s.version == version), None)
 
     def activate(self, session: Session) -> None:
         """Serve `session` from the next batch on and keep the present one for rollback."""
