@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from tests.server.conftest import answering
 from tta.client import Client
 from tta.scenario import DaemonProcess
 from tta.scenario.load import Load, Measured, Wire, drive
+from tta.server.batcher import LEAST_RETRY_S
 from tta.server.options import ServerOptions
 
 
@@ -69,6 +73,18 @@ def test_refusals_are_counted_by_code(server: subprocess.Popen, options: ServerO
     assert late["answered"] == 0
     assert late["refused"].keys() == {"deadline_exceeded"}
     assert wrong.refused.keys() == {"invalid_argument"}
+
+
+def test_a_closed_loop_waits_as_it_is_asked_to(options: ServerOptions, tmp_path: Path, stream: tuple) -> None:
+    """Whoever is refused comes back no sooner than the server says: few are refused, nothing is lost."""
+    load = Load(outstanding=16, duration_s=0.5, warmup_s=0.0)
+    with answering(msgspec.structs.replace(options, queue_images=2), tmp_path):
+        measured = loaded(options.endpoint, [stream[0][:1]], load)
+
+    refused = measured.refused.get("resource_exhausted", 0)
+    assert 0 < refused <= load.outstanding * (1 + load.duration_s / LEAST_RETRY_S)
+    assert measured.unanswered == 0
+    assert measured.requests > 0
 
 
 @pytest.fixture

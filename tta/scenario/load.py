@@ -2,9 +2,10 @@
 
 Open loop sends at a constant rate whatever comes back, and a latency counts from when the request should have
 been sent, so that a slow server cannot hide behind a generator that waits for it. Closed loop keeps a number of
-requests unanswered.
+requests unanswered; in the place of a refused one it sends the next when the server has asked it to.
 """
 
+import heapq
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Reply:
         version: of the model.
         queue_s: seconds it waited in the server, if that says so.
         compute_s: seconds of its batch, if the server says so.
+        retry_after_s: seconds that a server asks whom it refuses to wait.
     """
 
     number: int
@@ -64,6 +66,7 @@ class Reply:
     version: int = 0
     queue_s: float = 0.0
     compute_s: float = 0.0
+    retry_after_s: float = 0.0
 
 
 class Transport(Protocol):
@@ -177,6 +180,7 @@ class _Generator:
         self.progress = progress
         self.measured = Measured()
         self.due: dict[int, float] = {}  # request to when it should have gone
+        self.held: list[float] = []  # when the places of refused requests may be filled again, the first first
         self.next_id = 0
 
     def run(self) -> Measured:
@@ -208,12 +212,16 @@ class _Generator:
         return self.measured
 
     def _next_due(self, start: float) -> float:
-        return float("inf") if self.load.rate is None else start + self.next_id / self.load.rate
+        if self.load.rate is None:
+            return self.held[0] if self.held else float("inf")
+        return start + self.next_id / self.load.rate
 
     def _send(self, start: float, now: float, end: float) -> None:
         """Everything that is due."""
         if self.load.rate is None:
-            while len(self.due) < self.load.outstanding:
+            while self.held and self.held[0] <= now:
+                heapq.heappop(self.held)
+            while len(self.due) + len(self.held) < self.load.outstanding:
                 self._send_one(time.monotonic())
             return
         while (at := start + self.next_id / self.load.rate) <= now and at < end:
@@ -243,6 +251,8 @@ class _Generator:
         if n_images and self.counted_from <= now <= self.end:
             m.requests += 1
             m.images += n_images
+        if reply.retry_after_s > 0 and self.load.rate is None:
+            heapq.heappush(self.held, now + reply.retry_after_s)
         if at < self.counted_from:
             return
         if reply.refused:
@@ -317,7 +327,8 @@ class Wire:
     def reply(self, header: dict[str, Any], tensors: list[bytes]) -> Reply:
         """What a decoded reply says."""
         if header["code"] != Code.OK:
-            return Reply(header["id"], Code(header["code"]).name.lower())
+            refused, retry_after_s = Code(header["code"]).name.lower(), header.get("retry_after_s") or 0.0
+            return Reply(header["id"], refused, retry_after_s=retry_after_s)
         return Reply(header["id"], "", header["version"], header["queue_s"], header["compute_s"])
 
     def wait(self, seconds: float) -> None:
