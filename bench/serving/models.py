@@ -16,11 +16,13 @@ from tta.errors import BundleError
 
 FOLDER = cifar.CACHE / "serving"
 N_REFERENCE = 256
+HALF = ("resnet50",)  # that have a graph of half precision too
 SHAPES = {
     "identity": (32, 32, 3),
     **{f"identity@{side}": (side, side, 3) for side in (64, 128, 224)},
     "resnet20": (32, 32, 3),
     "resnet18": (224, 224, 3),
+    "resnet50": (224, 224, 3),
     "mobilenetv3_small_100": (224, 224, 3),
 }
 
@@ -69,7 +71,7 @@ def _package(name: str, path: Path) -> Bundle:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (N_REFERENCE, *SHAPES[name]), np.uint8)
     y = np.arange(N_REFERENCE) % 10
-    recipe = Recipe(name, source, SHAPES[name], kwargs)
+    recipe = Recipe(name, source, SHAPES[name], kwargs, fp16=name in HALF)
     return package(model().eval(), recipe, x, y, [str(i) for i in range(10)], path)
 
 

@@ -109,7 +109,9 @@ class Running:
 
 
 @contextmanager
-def serving(name: str, model: str, n_images: int, core: int | None, keys: bool = False) -> Iterator[Running]:
+def serving(
+    name: str, model: str, n_images: int, core: int | None, keys: bool = False, **options: Any
+) -> Iterator[Running]:
     """Run a server while the block lasts.
 
     Args:
@@ -118,13 +120,14 @@ def serving(name: str, model: str, n_images: int, core: int | None, keys: bool =
         n_images: a request.
         core: it may use; None: all.
         keys: whether tta's server asks for keys, so that the connection is encrypted.
+        options: others of tta's server; see `ServerOptions`.
 
     Raises:
         RuntimeError: it does not answer in time; the message holds the end of its log.
     """
     with tempfile.TemporaryDirectory() as folder:
         if name == "tta":
-            running = _start_tta(model, n_images, core, Path(folder), keys)
+            running = _start_tta(model, n_images, core, Path(folder), keys, options)
         else:
             running = _start_peer(name, model, n_images, core, Path(folder))
         try:
@@ -135,7 +138,9 @@ def serving(name: str, model: str, n_images: int, core: int | None, keys: bool =
             running.process.wait()
 
 
-def _start_tta(model: str, n_images: int, core: int | None, folder: Path, keys: bool) -> Running:
+def _start_tta(
+    model: str, n_images: int, core: int | None, folder: Path, keys: bool, others: dict[str, Any]
+) -> Running:
     bundle, _ = model_files(model)
     endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
     settings = ServerConfig(
@@ -153,6 +158,7 @@ def _start_tta(model: str, n_images: int, core: int | None, folder: Path, keys: 
         device="cpu",
         **settings.model_dump(),
     )
+    options = msgspec.structs.replace(options, **others)
     credentials = None
     if keys:
         (public, secret), (_, own) = (write_key_pair(folder, who) for who in ("daemon", "client"))
