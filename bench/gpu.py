@@ -173,6 +173,7 @@ def measure_banks(arguments: argparse.Namespace, bundle: Bundle) -> list[Json]:
         names = {n for n in block.tensors if np.issubdtype(bundle.weights[n].dtype, np.floating)}
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
+        options.log_severity_level = 3  # it warns of every constant it folds
         rest = {n: v for n, v in predictor._source.items() if n not in names}
         options.add_external_initializers(list(rest), list(rest.values()))
         graph = with_inputs(bundle.graph, names)
