@@ -77,10 +77,11 @@ def loaded(server: Running, x: Array, load: Load) -> Json:
 
 def measure_speed(arguments: argparse.Namespace, bundle: Bundle) -> list[Json]:
     """Rows of precision and images a request."""
-    rows = []
+    rows, full = [], images_of(arguments.model, max(IMAGES))
     for precision in ("fp32", "fp16") if bundle.graph_fp16 is not None else ("fp32",):
         predictor = predictor_of(bundle, arguments.device, precision)
         session = predictor.prepare()
+        full_s = median_s(lambda s=session, p=predictor: p.run_with(s, full))
         options = {
             "device": arguments.device,
             "precision": precision,
@@ -101,9 +102,7 @@ def measure_speed(arguments: argparse.Namespace, bundle: Bundle) -> list[Json]:
                     "precision": predictor.precision,
                     "images": n,
                     "bare_s": bare_s,
-                    "bare_full_s": median_s(
-                        lambda s=session, p=predictor: p.run_with(s, images_of(arguments.model, max(IMAGES))), 5
-                    ),
+                    "bare_full_s": full_s,
                     "one": one["latency_s"],
                     "images_per_s": many["images_per_s"],
                     "half": half["latency_s"],
