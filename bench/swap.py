@@ -48,10 +48,8 @@ N_PROBE = 16  # images, as the adapter writes them
 WINDOW_S, WARMUP_S, EVERY_S, SELDOM_S = 3.0, 0.5, 0.2, 1.0
 LOAD_SHARE = 0.5
 SLOW = 3.0  # times the steady median
-TOLERANCE = {
-    "cpu": 1e-4,
-    "cuda": 1e-2,
-}  # of the largest logit: on CUDA the batch decides how a convolution is done
+# Of the largest logit: on CUDA the batch decides how a convolution is done.
+TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}
 
 WINDOWS = ("steady", "swapping", "seldom", "busy", "training")
 # Takes so many seconds of CPU, and waits so many, in turn.
