@@ -43,7 +43,6 @@ OBSERVATION_BYTES = 256 << 20  # memory of batches queued for the daemon
 BUILDER_NICE = 10
 ID_STRIDE = 10**14  # between two servers' ids: three years of microseconds; those of 16 servers fit a double
 SWITCH_S = 0.0005  # Python's 5 ms would be how long the frontend waits for a builder that is busy in Python
-BUILDING_SWITCH_S = 0.00005  # while it is; always, it would cost a fifth of the throughput of small models
 N_PROBE = 2  # of a version's images to compute beside the clients': the shadow has compared all before the gate
 CANARY_S = 2.0  # seconds without a request after which an image is computed all the same
 SHIP_S = 1.0  # seconds between two shipments of counters
@@ -361,7 +360,6 @@ class Server:
         """Builder thread: prepare, verify, flip, report."""
         reply: dict[str, Any] = {"op": "swap", "id": command["id"], "version": command["version"]}
         start = time.monotonic()
-        sys.setswitchinterval(BUILDING_SWITCH_S)
         try:
             session = self.predictor.find(command["version"])
             if session is None:
@@ -378,7 +376,6 @@ class Server:
             self.log.exception("swap_failed", error=str(error))
             reply["error"] = f"internal: {type(error).__name__}"
         finally:
-            sys.setswitchinterval(SWITCH_S)
             self.building = False  # before the answer, which may bring the next command
             self.frontend.answer_admin(command["identity"], reply)
         self.log.info("swap", **{k: v for k, v in reply.items() if k != "op"})
