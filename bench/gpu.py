@@ -3,7 +3,7 @@
     python -m bench.gpu [--model resnet50] [--seconds 3] [--parts speed,memory,banks,adapter] [--device cuda]
 
 "speed": the session alone in a loop and the server with one request outstanding, with 16, and at half of what it can
-do, at 1, 8 and 64 images a request, fp32 and fp16. "memory": what the card holds with no version, one, two, and after
+do, at 1, 8 and 64 images a request, fp32 and fp16. "memory": what one version takes of the card, two, and what after
 the first is dropped. "banks": the other way to swap, one block's weights as inputs of the graph in two banks on the
 card, against a session of its own: what a run costs and what a swap does. "adapter": p99 at half load alone, beside a
 trainer that takes all the time it gets, and beside one that keeps to half of it (`adapt.share`).
@@ -13,6 +13,7 @@ Swaps under load are `python -m bench.swap --device cuda`, alarm to promotion `p
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -122,28 +123,20 @@ def used_bytes(device: str) -> int:
 
 def measure_memory(arguments: argparse.Namespace, bundle: Bundle) -> Json:
     """Bytes on the card beyond those before, as versions come and go; each has computed its largest batch."""
-    x = images_of(arguments.model, max(IMAGES))
     before = used_bytes(arguments.device)
     predictor, found = predictor_of(bundle, arguments.device), {}
 
-    def note(name: str) -> None:
+    def swap(number: int, name: str) -> None:
+        predictor.previous = None
+        predictor.activate(predictor.build(number, {}))  # on a GPU it warms every size
         found[name] = used_bytes(arguments.device) - before
 
-    def serve() -> None:
-        session = predictor.prepare()
-        predictor.run_with(session, x)
-        predictor.previous, predictor.current = predictor.current, session
-
-    serve()
-    note("one")
-    serve()
-    note("two")
+    swap(0, "one")
+    swap(1, "two")
     predictor.release()
-    note("dropped")
-    for _ in range(N_SWAPS):
-        predictor.release()
-        serve()
-    note(f"two after {N_SWAPS} swaps")
+    found["dropped"] = used_bytes(arguments.device) - before
+    for number in range(2, 2 + N_SWAPS):
+        swap(number, f"two after {N_SWAPS} swaps")
     return found
 
 
@@ -170,13 +163,8 @@ def measure_banks(arguments: argparse.Namespace, bundle: Bundle) -> list[Json]:
     rows = []
     for block in bundle.manifest.blocks:
         names = {n for n in block.tensors if np.issubdtype(bundle.weights[n].dtype, np.floating)}
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3  # it warns of every constant it folds
-        rest = {n: v for n, v in predictor._source.items() if n not in names}
-        options.add_external_initializers(list(rest), list(rest.values()))
-        graph = with_inputs(bundle.graph, names)
-        banked = ort.InferenceSession(graph, options, providers=predictor._providers())
+        rest = {n: v for n, v in predictor.source.items() if n not in names}
+        banked = predictor.open(with_inputs(bundle.graph, names), rest)
         asked = {i.name for i in banked.get_inputs()} & names
 
         def bank(asked: set[str] = asked) -> dict[str, ort.OrtValue]:
@@ -312,10 +300,10 @@ def main() -> int:
     }
     for part in parts:
         result[part] = PARTS[part](arguments, bundle)
-        if arguments.device == "cuda":
-            publish("gpu", result, table(result))
+        if arguments.device == "cuda":  # after each: what is there is not lost with the rest
+            publish("gpu", result, table(result), arguments.json)
     if arguments.device == "cpu":  # nothing to keep
-        print("\n".join(table(result)))
+        print(json.dumps(result, indent=1) if arguments.json else "\n".join(table(result)))
     return 0
 
 

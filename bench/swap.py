@@ -33,6 +33,7 @@ from safetensors.numpy import save
 from bench.serving.models import SHAPES, model_files
 from bench.serving.servers import MAX_BATCH_IMAGES, Running, serving
 from bench.stamp import stamp
+from tta.adapter.worker import N_PROBE
 from tta.bundle import Bundle, load_bundle
 from tta.config import AdaptConfig
 from tta.daemon.store import Store
@@ -44,8 +45,8 @@ from tta.server.predictor import Predictor
 RESULTS = Path(__file__).parent / "results"
 N_IMAGES = 64
 N_VERSIONS = 3
-N_PROBE = 16  # images, as the adapter writes them
-WINDOW_S, WARMUP_S, EVERY_S, SELDOM_S = 3.0, 0.5, 0.2, 1.0
+WINDOW_S, WARMUP_S = 3.0, 0.5
+EVERY_S = {"swapping": 0.2, "seldom": 1.0}  # seconds from the end of a swap to the next, by window
 LOAD_SHARE = 0.5
 SLOW = 3.0  # times the steady median
 # Of the largest logit: on CUDA the batch decides how a convolution is done.
@@ -138,8 +139,8 @@ def training(device: str = "cpu", share: float = 1.0) -> Iterator[None]:
 
 @contextmanager
 def busy(seconds: float) -> Iterator[None]:
-    """A process that takes as much CPU as a swap every `EVERY_S`, and gives way as the builder does."""
-    argv = [sys.executable, "-c", BURN, str(seconds), str(EVERY_S), str(BUILDER_NICE)]
+    """A process that takes as much CPU, as often, as the frequent swaps, and gives way as the builder does."""
+    argv = [sys.executable, "-c", BURN, str(seconds), str(EVERY_S["swapping"]), str(BUILDER_NICE)]
     with subprocess.Popen(argv) as process:
         try:
             yield
@@ -260,9 +261,8 @@ def measure(
         found: Json = {}
         for which in order:
             before = len(swapper.done)
-            if which in ("swapping", "seldom"):
-                every_s = EVERY_S if which == "swapping" else SELDOM_S
-                measured = swapper.during(every_s, lambda: window(load))
+            if which in EVERY_S:
+                measured = swapper.during(EVERY_S[which], lambda: window(load))
             else:
                 with beside[which]():
                     measured = window(load)
@@ -331,9 +331,9 @@ def table(result: Json) -> list[str]:
         "",
         f"{result['date']}, commit {result['commit']}, `{result['command']}`; {result['model']}, one image a request,",
         f"{result['rate']:g} requests a second (half of what the server can do), {result['cores']} cores for server and",
-        f"load; medians of {len(result['windows'])} interleaved rounds of {WINDOW_S:g} s windows: steady, a swap every",
-        f"{EVERY_S:g} s, seldom (every {SELDOM_S:g} s), beside a process that takes as much CPU as a swap every",
-        f"{EVERY_S:g} s and nothing else, and beside one that fine-tunes as the adapter does.",
+        f"load; medians of {len(result['windows'])} interleaved rounds of {WINDOW_S:g} s windows: steady, swapping (a swap",
+        f"every {EVERY_S['swapping']:g} s), seldom (every {EVERY_S['seldom']:g} s), beside a process that takes as much CPU as",
+        "often as the frequent swaps and nothing else, and beside one that fine-tunes as the adapter does.",
         "",
         "| | " + " | ".join(WINDOWS) + " |",
         "| --- |" + " --- |" * len(WINDOWS),

@@ -35,6 +35,19 @@ def exchange(endpoint: str, frames: list[bytes]) -> dict:
         return msgspec.msgpack.decode(socket.recv_multipart()[0])
 
 
+def commanded(options: ServerOptions, commands: list[dict]) -> list[dict]:
+    """What the server answers to the daemon's commands, each sent when the one before was answered."""
+    replies = []
+    with zmq.Context() as context, context.socket(zmq.DEALER) as daemon:
+        daemon.setsockopt(zmq.LINGER, 0)
+        daemon.connect(options.admin)
+        for command in commands:
+            daemon.send(msgspec.msgpack.encode(command))
+            assert daemon.poll(20_000), f"{command} was not answered"
+            replies.append(msgspec.msgpack.decode(daemon.recv()))
+    return replies
+
+
 def test_bad_frames_are_answered_with_a_code_and_harm_nobody(
     server: subprocess.Popen, options: ServerOptions, stream: tuple
 ) -> None:
@@ -193,14 +206,7 @@ def test_a_server_outlives_whoever_reads_its_log(options: ServerOptions, tmp_pat
 
 def test_a_swap_may_follow_the_answer_to_the_last(server: subprocess.Popen, options: ServerOptions) -> None:
     """Commands sent as soon as the last was answered are all carried out."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as daemon:
-        daemon.setsockopt(zmq.LINGER, 0)
-        daemon.connect(options.admin)
-        replies = []
-        for i in range(8):
-            daemon.send(msgspec.msgpack.encode({"op": "swap", "id": i, "version": 0, "folder": None}))
-            assert daemon.poll(20_000), f"swap {i} was not answered"
-            replies.append(msgspec.msgpack.decode(daemon.recv()))
+    replies = commanded(options, [{"op": "swap", "id": i, "version": 0, "folder": None} for i in range(8)])
 
     assert [r["id"] for r in replies] == list(range(8))
     assert not any("error" in r for r in replies)
@@ -228,19 +234,11 @@ def counting(self, *arguments):
 Predictor.build = counting
 sys.exit(server.main())
 """
-    with (
-        answering(options, tmp_path, ("-c", program)),
-        zmq.Context() as context,
-        context.socket(zmq.DEALER) as daemon,
-    ):
-        daemon.setsockopt(zmq.LINGER, 0)
-        daemon.connect(options.admin)
-        for number in (1, 2, 3, 1, 2):
-            command = {"op": "swap", "id": 0, "version": number, "folder": str(folders[number])}
-            daemon.send(msgspec.msgpack.encode(command))
-            assert daemon.poll(20_000)
-            assert "error" not in msgspec.msgpack.decode(daemon.recv())
+    swaps = [{"op": "swap", "id": 0, "version": n, "folder": str(folders[n])} for n in (1, 2, 3, 1, 2)]
+    with answering(options, tmp_path, ("-c", program)):
+        replies = commanded(options, swaps)
 
+    assert not any("error" in r for r in replies)
     assert counted.read_text().split() == ["0", *5 * ["1"]]
 
 
@@ -250,11 +248,7 @@ def test_requests_are_read_while_the_model_computes_and_versions_built_when_nobo
 ) -> None:
     """Whoever reads goes first, the model takes turns with others, and the builder gives way to everybody."""
     with answering(msgspec.structs.replace(options, threads=1), tmp_path) as server:
-        with zmq.Context() as context, context.socket(zmq.DEALER) as daemon:
-            daemon.setsockopt(zmq.LINGER, 0)
-            daemon.connect(options.admin)
-            daemon.send(msgspec.msgpack.encode({"op": "swap", "id": 0, "version": 0, "folder": None}))
-            assert daemon.poll(20_000)
+        commanded(options, [{"op": "swap", "id": 0, "version": 0, "folder": None}])
         threads = {int(p.name): p for p in Path(f"/proc/{server.pid}/task").iterdir()}
         slices = {thread: slice_ns(thread) for thread in sorted(threads)}
         builders = [thread for thread, ns in slices.items() if ns == LONG_SLICE_NS]

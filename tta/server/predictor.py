@@ -140,7 +140,7 @@ class Predictor:
         while self.on_gpu and self.buckets[0] > 1:
             self.buckets.insert(0, (self.buckets[0] + 1) // 2)
         # Kept, since beside a running model making them anew for every version is a millisecond that it waits.
-        self._source = self._values(bundle.weights)
+        self.source = self._values(bundle.weights)
         self.current: Session | None = None
         self.previous: Session | None = None
 
@@ -231,23 +231,7 @@ class Predictor:
             DeltaError: half precision cannot hold a weight.
             DeviceError: onnxruntime fell back to the CPU.
         """
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Spinning burns a core for nothing at the rates of a camera.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        weights = self._source | self._values(delta)
-        options.add_external_initializers(list(weights), list(weights.values()))
-        try:
-            run = ort.InferenceSession(self._graph, options, providers=self._providers())
-        except Exception as error:  # onnxruntime raises many types; all mean the same here
-            raise BundleError(f"the graph of {self.bundle.path} cannot be loaded: {error}") from error
-        if self.on_gpu and run.get_providers()[0] != "CUDAExecutionProvider":
-            raise DeviceError(
-                "onnxruntime fell back to the CPU: its CUDA or cuDNN libraries are missing "
-                "(pip install 'onnxruntime-gpu[cuda,cudnn]'), or set device: cpu"
-            )
+        run = self.open(self._graph, self.source | self._values(delta))
         manifest = self.bundle.manifest
         logits, features = (
             np.empty((self.buckets[-1], width), np.float32) for width in (manifest.n_classes, manifest.n_features)
@@ -261,6 +245,31 @@ class Predictor:
             except Exception as error:  # such as no memory left
                 raise BundleError(f"{self.bundle.path} cannot compute {size} images: {error}") from error
         return session
+
+    def open(self, graph: bytes, weights: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
+        """A session of a graph, as this predictor's threads and device are, with these for its weights.
+
+        Raises:
+            BundleError: the graph cannot be loaded.
+            DeviceError: onnxruntime fell back to the CPU.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Spinning burns a core for nothing at the rates of a camera.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_external_initializers(list(weights), list(weights.values()))
+        try:
+            run = ort.InferenceSession(graph, options, providers=self._providers())
+        except Exception as error:  # onnxruntime raises many types; all mean the same here
+            raise BundleError(f"the graph of {self.bundle.path} cannot be loaded: {error}") from error
+        if self.on_gpu and run.get_providers()[0] != "CUDAExecutionProvider":
+            raise DeviceError(
+                "onnxruntime fell back to the CPU: its CUDA or cuDNN libraries are missing "
+                "(pip install 'onnxruntime-gpu[cuda,cudnn]'), or set device: cpu"
+            )
+        return run
 
     def _values(self, weights: Mapping[str, Array]) -> dict[str, ort.OrtValue]:
         """What stands in for the graph's weights, in the precision served; it holds on to the arrays."""
